@@ -1,0 +1,69 @@
+# The only entry point. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tokenfactory
+PYTHON ?= python3
+LOCK := $(shell sha256sum requirements.lock | cut -c1-12)
+VENV ?= $(CACHE)/venv-$(LOCK)
+PY := $(VENV)/bin/python
+export PYTHONPATH := $(CURDIR)/operator$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PATH := $(VENV)/bin:$(PATH)
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+# A venv is complete when its marker exists: an interrupted install is simply begun again.
+$(VENV)/.complete: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Token Factory needs Python 3.11 or later; PYTHON=/path/to/python3.11 make … picks one" >&2; exit 1; }
+	@echo "installing Python packages into $(VENV) (about a minute, once per lock file)"
+	@mkdir -p $(CACHE); exec 9>$(CACHE)/venv.lock; flock 9; [ -e $@ ] && exit 0; \
+	  rm -rf $(VENV); $(PYTHON) -m venv $(VENV); \
+	  $(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock; touch $@
+
+.PHONY: venv
+venv: $(VENV)/.complete ## the Python environment, from the lock file
+
+.PHONY: lock
+lock: ## resolve pyproject.toml anew into requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate \
+	  --no-header --python-version 3.11 --group dev pyproject.toml -o requirements.lock
+
+.PHONY: lint
+lint: venv ## ruff: rules and format
+	ruff check .
+	ruff format --check .
+
+.PHONY: types
+types: venv ## mypy --strict
+	mypy
+
+.PHONY: layers
+layers: venv ## import-linter: the layers of DESIGN
+	lint-imports --no-logo
+
+.PHONY: format
+format: venv ## let ruff rewrite what it can
+	ruff check --fix .
+	ruff format .
+
+.PHONY: test-fast
+test-fast: venv ## unit tests without a cluster, under a minute
+	$(PY) -m pytest -q tests/unit -m "not slow and not cluster and not node"
+
+# Everything that pytest runs besides may be narrowed: make test T=tests/cluster/test_thread.py
+T ?= tests
+.PHONY: test
+test: venv ## all tests; builds the embedded control plane once (about 10 minutes)
+	$(PY) -m pytest $(T)
+
+.PHONY: bench
+bench: venv ## one benchmark: make bench B=market [QUICK=1]
+	@[ -n "$(B)" ] || { echo "make bench B=NAME, one of: $$(cd benchmarks && ls [a-z]*.py | sed 's/\.py//' | xargs)" >&2; exit 2; }
+	QUICK=$(QUICK) $(PY) benchmarks/$(B).py
+
+.PHONY: ci
+ci: lint types layers test ## all that must hold before anything lands

@@ -1,0 +1,1 @@
+"""A Kubernetes operator that turns a fixed number of megawatts into the most tokens."""
