@@ -1,0 +1,232 @@
+"""What a model becomes in Kubernetes: a Deployment whose pods wait behind the power gate, and a Service.
+
+Only fields that this product decides are in these objects. They are applied server-side, so what others set
+beside them (an annotation, a sidecar injected at admission, an HPA's label) stays theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from tokenfactory.api import names
+from tokenfactory.api.quantities import parse_duration
+from tokenfactory.api.token_factory import ModelSpec, TokenFactory
+
+Object = dict[str, Any]
+
+CACHE_PATH: Final = "/opt/nim/.cache"
+STORE_PATH: Final = "/checkpoints"
+_SECURITY: Final[Object] = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+class WorkloadOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the installation decides for every workload."""
+
+    image: str
+    """Our own image: the init containers that wait for the cap and restore a checkpoint."""
+    image_pull_policy: str = "IfNotPresent"
+    start_gate_port: int = names.START_GATE_PORT
+
+
+def workload_name(factory: TokenFactory, model: ModelSpec) -> str:
+    return f"{factory.metadata.name}-{model.name}"
+
+
+def workload_labels(factory: TokenFactory, model: ModelSpec) -> dict[str, str]:
+    return {names.FACTORY_LABEL: factory.metadata.name, names.MODEL_LABEL: model.name}
+
+
+def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions) -> Object:
+    """No surge: a rollout never needs watts for an old and a new replica at once."""
+    labels = workload_labels(factory, model)
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(factory, model),
+        "spec": {
+            "replicas": replicas,
+            "revisionHistoryLimit": 3,
+            "progressDeadlineSeconds": 3600,
+            "selector": {"matchLabels": labels},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
+            "template": {"metadata": {"labels": labels}, "spec": _pod_spec(factory, model, options)},
+        },
+    }
+
+
+def service(factory: TokenFactory, model: ModelSpec) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(factory, model),
+        "spec": {
+            "selector": workload_labels(factory, model),
+            "ports": [{"name": "http", "port": names.NIM_PORT, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def _metadata(factory: TokenFactory, model: ModelSpec) -> Object:
+    return {
+        "name": workload_name(factory, model),
+        "namespace": factory.metadata.namespace,
+        "labels": workload_labels(factory, model),
+        "ownerReferences": [
+            {
+                "apiVersion": factory.api_version,
+                "kind": TokenFactory.KIND,
+                "name": factory.metadata.name,
+                "uid": factory.metadata.uid,
+                "controller": True,
+                "blockOwnerDeletion": False,
+            }
+        ],
+    }
+
+
+def _pod_spec(factory: TokenFactory, model: ModelSpec, options: WorkloadOptions) -> Object:
+    spec: Object = {
+        "schedulingGates": [{"name": names.GATE}],
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 60,
+        "nodeSelector": dict(factory.spec.node_selector),
+        "tolerations": [
+            {"key": names.GPU_RESOURCE, "operator": "Exists"},
+            {"key": names.MANAGED_TAINT, "operator": "Exists"},
+        ],
+        "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
+        "initContainers": _init_containers(factory, model, options),
+        "containers": [_nim_container(model)],
+        "volumes": _volumes(model),
+    }
+    if model.nim.pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in model.nim.pull_secrets]
+    return spec
+
+
+def _init_containers(factory: TokenFactory, model: ModelSpec, options: WorkloadOptions) -> list[Object]:
+    """P3: the cap is read back before anything else runs; then the cache is restored, and kept saved."""
+    ours: Object = {
+        "image": options.image,
+        "imagePullPolicy": options.image_pull_policy,
+        "securityContext": _SECURITY | {"runAsNonRoot": True, "runAsUser": 1000},
+        "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    containers = [
+        ours
+        | {
+            "name": "wait-cap",
+            "args": ["wait-cap", f"--port={options.start_gate_port}"],
+            "env": [_downward("NODE_IP", "status.hostIP"), _downward("POD_UID", "metadata.uid")],
+        }
+    ]
+    if not _saves(model):
+        return containers
+    mounts = [{"name": "cache", "mountPath": CACHE_PATH}, {"name": "checkpoints", "mountPath": STORE_PATH}]
+    identity = _identity_args(factory, model)
+    containers.append(
+        ours
+        | {
+            "name": "restore",
+            "args": ["checkpoint", "restore", f"--cache={CACHE_PATH}", f"--store={STORE_PATH}", *identity],
+            "env": [_downward("RESTORE_FROM", f"metadata.annotations['{names.RESTORE_ANNOTATION}']")],
+            "volumeMounts": mounts,
+        }
+    )
+    every = parse_duration(model.checkpoint.every) // 1000
+    containers.append(
+        ours
+        | {
+            "name": "capture",
+            "restartPolicy": "Always",
+            "args": [
+                "checkpoint",
+                "keep",
+                f"--cache={CACHE_PATH}",
+                f"--store={STORE_PATH}",
+                f"--every-seconds={every}",
+                f"--keep={model.checkpoint.keep}",
+                f"--port={names.CHECKPOINT_PORT}",
+                *identity,
+            ],
+            "env": [_downward("POD_IP", "status.podIP")],
+            "ports": [{"name": "checkpoint", "containerPort": names.CHECKPOINT_PORT}],
+            "volumeMounts": mounts,
+        }
+    )
+    return containers
+
+
+def _nim_container(model: ModelSpec) -> Object:
+    env: list[Object] = [{"name": "NIM_CACHE_PATH", "value": CACHE_PATH}]
+    if model.nim.auth_secret:
+        reference = {"name": model.nim.auth_secret, "key": "NGC_API_KEY"}
+        env.append({"name": "NGC_API_KEY", "valueFrom": {"secretKeyRef": reference}})
+    if model.nim.profile:
+        env.append({"name": "NIM_MODEL_PROFILE", "value": model.nim.profile})
+    env += [{"name": variable.name, "value": variable.value} for variable in model.nim.env]
+    return {
+        "name": "nim",
+        "image": model.nim.image,
+        "env": env,
+        "ports": [{"name": "http", "containerPort": names.NIM_PORT}],
+        "resources": {"limits": {names.GPU_RESOURCE: str(model.gpus_per_replica)}},
+        "securityContext": _SECURITY,
+        "startupProbe": _probe("/v1/health/ready", period=10, failures=120, delay=30),
+        "readinessProbe": _probe("/v1/health/ready", period=5, failures=3),
+        "livenessProbe": _probe("/v1/health/live", period=10, failures=6),
+        "volumeMounts": [
+            {"name": "cache", "mountPath": CACHE_PATH},
+            {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108 - NCCL's shared memory in the pod
+        ],
+    }
+
+
+def _volumes(model: ModelSpec) -> list[Object]:
+    volumes: list[Object] = [
+        {"name": "cache", "emptyDir": {}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+    ]
+    if _saves(model):
+        volumes.append(
+            {"name": "checkpoints", "persistentVolumeClaim": {"claimName": model.checkpoint.claim}}
+        )
+    return volumes
+
+
+def _saves(model: ModelSpec) -> bool:
+    return model.checkpoint.claim is not None
+
+
+def _identity_args(factory: TokenFactory, model: ModelSpec) -> list[str]:
+    """What a restored cache must have been made for; the product is added where the container runs."""
+    facts = {
+        "factory": f"{factory.metadata.namespace}/{factory.metadata.name}",
+        "model": model.name,
+        "image": model.nim.image,
+        "profile": model.nim.profile or "",
+        "gpus": str(model.gpus_per_replica),
+    }
+    return [f"--identity={key}={value}" for key, value in sorted(facts.items())]
+
+
+def _downward(name: str, path: str) -> Object:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def _probe(path: str, *, period: int, failures: int, delay: int = 0) -> Object:
+    return {
+        "httpGet": {"path": path, "port": "http"},
+        "periodSeconds": period,
+        "failureThreshold": failures,
+        "timeoutSeconds": 5,
+        "initialDelaySeconds": delay,
+    }
