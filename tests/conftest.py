@@ -1,0 +1,55 @@
+"""What tests of every kind may ask for.
+
+`cluster` is one real control plane for the whole run; what a module does there stays in its `namespace`,
+or is cluster-scoped under names of its own. A test that stops components, fills the audit log or needs
+other options takes `own_cluster`.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tokenfactory.twin.cluster import Cluster, ClusterOptions
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The control plane that all modules share: cluster-admin, RBAC on, no node."""
+    with Cluster.up(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of this module's own in the shared cluster."""
+    stem = re.sub(r"[^a-z0-9]+", "-", Path(request.node.path).stem.lower()).strip("-")
+    name = f"{stem[:50]}-{next(_numbers)}"
+    cluster.kubectl("create", "namespace", name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def start_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Starts clusters of this test's own: `start_cluster(scheduler=False)`; all end with the test."""
+    started: list[Cluster] = []
+
+    def start(**options: object) -> Cluster:
+        folder = tmp_path / f"cluster-{len(started)}"
+        started.append(Cluster.up(folder, ClusterOptions(**options)))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.down()
+
+
+@pytest.fixture
+def own_cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """A cluster that this test may break."""
+    return start_cluster()
