@@ -1,0 +1,302 @@
+"""`Nvml` over the real library: each GPU's calls on a lane of its own, every one bounded by a deadline.
+
+pynvml is one library per process, so there is at most one of these per process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pynvml
+
+from tokenfactory.agent import nvml_calls as calls
+from tokenfactory.agent.lanes import Lane, OverdueError, StuckError
+from tokenfactory.agent.nvml import (
+    ClockRange,
+    Driver,
+    Event,
+    Failure,
+    FailureKind,
+    Gpu,
+    Identity,
+    Limits,
+    ProfileState,
+    Reading,
+    RecoveryChanged,
+    Scope,
+    Wear,
+    Xid,
+)
+
+T = TypeVar("T")
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+EVENT_WAIT_SECONDS = 0.5
+XID_EVENTS = pynvml.nvmlEventTypeXidCriticalError
+ALL_EVENTS = XID_EVENTS | pynvml.nvmlEventTypeGpuRecoveryAction
+NO_INSTANCE = 0xFFFFFFFF
+
+
+class PynvmlDriver:
+    """The GPUs of this node."""
+
+    def __init__(
+        self,
+        *,
+        boot_id_file: Path = BOOT_ID,
+        deadline_seconds: float = 2.0,
+        open_deadline_seconds: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._boot_id_file = boot_id_file
+        self._deadline_seconds = deadline_seconds
+        self._open_deadline_seconds = open_deadline_seconds
+        self._clock = clock
+        self._identity = Identity("", 0)
+        self._system = Lane("system")
+        self._events = Lane("events")
+        self._lanes: dict[int, Lane] = {}
+        self._handles: dict[str, tuple[int, Any]] = {}
+        self._gpus: dict[str, Gpu] = {}
+        self._event_set: Any = None
+        self._unwatched: set[str] = set()
+        self._is_open = asyncio.Event()
+        self._initialised = False
+        self._closed = False
+
+    @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    @property
+    def stuck(self) -> frozenset[str]:
+        return frozenset(uuid for uuid, (index, _) in self._handles.items() if self._lanes[index].stuck)
+
+    # ---- open and close ----
+
+    async def open(self) -> Driver | Failure:
+        self._is_open.clear()
+        if self._initialised and (hanging := self._hanging()):
+            # NVML may not be shut down under a running call; only a new process gets rid of it.
+            return Failure(
+                FailureKind.TIMEOUT,
+                "nvmlShutdown",
+                text=f"calls still hang in the old driver ({', '.join(hanging)}); restart the agent",
+            )
+        try:
+            if self._initialised:  # nor under a wait for events
+                await self._events.run(lambda: None, EVENT_WAIT_SECONDS + self._deadline_seconds)
+            version, nvml_version, count = await self._system.run(self._load, self._open_deadline_seconds)
+        except (OverdueError, StuckError):
+            return Failure(FailureKind.TIMEOUT, "nvmlInit", text="has not come back; restart the agent")
+        except calls.FailureError as error:
+            return error.failure
+        found = await asyncio.gather(*(self._discover(index) for index in range(count)))
+        self._handles = {gpu.uuid: (gpu.index, handle) for handle, gpu in found if isinstance(gpu, Gpu)}
+        self._gpus = {gpu.uuid: gpu for _, gpu in found if isinstance(gpu, Gpu)}
+        boot_id = (await asyncio.to_thread(self._boot_id_file.read_text)).strip()
+        self._identity = Identity(boot_id, self._identity.driver_generation + 1)
+        self._unwatched = set()
+        self._is_open.set()
+        missing = tuple(gpu for _, gpu in found if isinstance(gpu, Failure))
+        return Driver(version, nvml_version, self._identity, missing)
+
+    def _hanging(self) -> list[str]:
+        lanes = [*self._lanes.values(), self._system, self._events]
+        return [lane.name for lane in lanes if lane.stuck]
+
+    def _load(self) -> tuple[str, str, int]:
+        if self._initialised:
+            self._initialised = False
+            self._event_set = None
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
+        call = "nvmlInit"
+        try:
+            pynvml.nvmlInit()
+            self._initialised = True
+            call = "nvmlSystemGetDriverVersion"
+            version, nvml_version = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetNVMLVersion()
+            call = "nvmlDeviceGetCount"
+            return version, nvml_version, pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError as error:
+            raise calls.FailureError(calls.failure(call, "", error)) from None
+
+    async def _discover(self, index: int) -> tuple[Any, Gpu | Failure]:
+        lane = self._lanes.setdefault(index, Lane(f"GPU {index}"))
+
+        def look() -> tuple[Any, Gpu]:
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            except pynvml.NVMLError as error:
+                failed = calls.failure("nvmlDeviceGetHandleByIndex", str(index), error)
+                raise calls.FailureError(failed) from None
+            return handle, calls.describe(handle, index)
+
+        found = await self._on(
+            lane, "nvmlDeviceGetHandleByIndex", str(index), look, self._open_deadline_seconds
+        )
+        return (None, found) if isinstance(found, Failure) else found
+
+    async def close(self) -> None:
+        self._closed = True
+        self._is_open.set()
+        if self._initialised and not self._hanging():
+            with contextlib.suppress(OverdueError, StuckError, pynvml.NVMLError):
+                await self._events.run(lambda: None, EVENT_WAIT_SECONDS + self._deadline_seconds)
+                await self._system.run(pynvml.nvmlShutdown, self._deadline_seconds)
+                self._initialised = False
+        for lane in (*self._lanes.values(), self._system, self._events):
+            lane.stop()
+
+    # ---- one call on one GPU ----
+
+    async def _on(
+        self, lane: Lane, call: str, gpu: str, function: Callable[[], T], deadline_seconds: float
+    ) -> T | Failure:
+        try:
+            return await lane.run(function, deadline_seconds)
+        except calls.FailureError as error:
+            return error.failure
+        except OverdueError:
+            return Failure(FailureKind.TIMEOUT, call, gpu, text=f"no answer in {deadline_seconds:g} s")
+        except StuckError:
+            return Failure(FailureKind.TIMEOUT, call, gpu, text="an earlier call has not come back")
+
+    async def _ask(self, gpu: str, call: str, function: Callable[[Any], T]) -> T | Failure:
+        if gpu not in self._handles:
+            return Failure(FailureKind.REFUSED, call, gpu, text="no such GPU since NVML was opened")
+        index, handle = self._handles[gpu]
+        return await self._on(self._lanes[index], call, gpu, lambda: function(handle), self._deadline_seconds)
+
+    async def inventory(self) -> tuple[Gpu, ...]:
+        async def again(gpu: Gpu) -> Gpu:
+            fresh = await self._ask(gpu.uuid, "inventory", lambda handle: calls.describe(handle, gpu.index))
+            return gpu if isinstance(fresh, Failure) else fresh
+
+        found = await asyncio.gather(*(again(gpu) for gpu in self._gpus.values()))
+        self._gpus = {gpu.uuid: gpu for gpu in found}
+        return tuple(found)
+
+    async def limits(self, gpu: str, scope: Scope = Scope.GPU) -> Limits | Failure:
+        return await self._ask(
+            gpu, "nvmlDeviceGetEnforcedPowerLimit", lambda handle: calls.limits(handle, gpu, scope)
+        )
+
+    async def set_limit(self, gpu: str, milliwatts: int, scope: Scope = Scope.GPU) -> Limits | Failure:
+        return await self._ask(
+            gpu,
+            "nvmlDeviceSetPowerManagementLimit",
+            lambda handle: calls.set_limit(handle, gpu, milliwatts, scope),
+        )
+
+    async def read(self, gpu: str) -> Reading | Failure:
+        known = self._gpus.get(gpu)
+        module = known is not None and known.module_limits is not None
+        return await self._ask(
+            gpu, "nvmlDeviceGetPowerUsage", lambda handle: calls.read(handle, gpu, module, self._clock)
+        )
+
+    async def wear(self, gpu: str) -> Wear | Failure:
+        return await self._ask(gpu, "nvmlDeviceGetTotalEccErrors", lambda handle: calls.wear(handle, gpu))
+
+    async def lock_clocks(self, gpu: str, clocks: ClockRange | None) -> Failure | None:
+        return await self._ask(
+            gpu, "nvmlDeviceSetGpuLockedClocks", lambda handle: calls.lock_clocks(handle, gpu, clocks)
+        )
+
+    async def set_profiles(self, gpu: str, profiles: frozenset[int]) -> ProfileState | Failure:
+        return await self._ask(
+            gpu,
+            "nvmlDeviceWorkloadPowerProfileUpdateProfiles_v1",
+            lambda handle: calls.set_profiles(handle, gpu, profiles),
+        )
+
+    # ---- events ----
+
+    async def events(self) -> AsyncIterator[Event]:
+        deadline = EVENT_WAIT_SECONDS + self._deadline_seconds
+        while not self._closed:
+            await self._is_open.wait()
+            if self._closed:
+                return
+            try:
+                event = await self._events.run(self._wait_for_event, deadline)
+            except calls.FailureError as error:
+                yield error.failure
+                if error.failure.kind is FailureKind.DRIVER_GONE:
+                    self._is_open.clear()  # until open() is called again
+                elif error.failure.gpu == "":
+                    await asyncio.sleep(EVENT_WAIT_SECONDS)
+            except OverdueError:
+                yield Failure(FailureKind.TIMEOUT, "nvmlEventSetWait", text="the event stream hangs")
+            except StuckError:
+                await asyncio.sleep(EVENT_WAIT_SECONDS)
+            else:
+                if event is not None:
+                    yield event
+
+    def _watch(self) -> Any:
+        events = pynvml.nvmlEventSetCreate()
+        for uuid, (_, handle) in self._handles.items():
+            if uuid in self._unwatched:
+                continue
+            try:
+                offered = pynvml.nvmlDeviceGetSupportedEventTypes(handle)
+                pynvml.nvmlDeviceRegisterEvents(handle, offered & ALL_EVENTS, events)
+            except pynvml.NVMLError as error:
+                self._unwatched.add(uuid)
+                pynvml.nvmlEventSetFree(events)
+                raise calls.FailureError(calls.failure("nvmlDeviceRegisterEvents", uuid, error)) from None
+        return events
+
+    def _wait_for_event(self) -> Event | None:
+        try:
+            if self._event_set is None:
+                self._event_set = self._watch()
+            data = pynvml.nvmlEventSetWait_v2(self._event_set, int(EVENT_WAIT_SECONDS * 1000))
+        except pynvml.NVMLError as error:
+            if error.value == pynvml.NVML_ERROR_TIMEOUT:
+                return None
+            failed = calls.failure("nvmlEventSetWait", "", error)
+            if failed.kind is FailureKind.LOST:
+                self._drop_lost()
+            raise calls.FailureError(failed) from None
+        return self._event(data)
+
+    def _drop_lost(self) -> None:
+        """One lost GPU makes the wait fail for all of them: go on without it."""
+        for uuid, (_, handle) in self._handles.items():
+            try:
+                pynvml.nvmlDeviceGetSupportedEventTypes(handle)
+            except pynvml.NVMLError:
+                self._unwatched.add(uuid)
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlEventSetFree(self._event_set)
+        self._event_set = None
+
+    def _event(self, data: Any) -> Event | None:
+        gpu = self._uuid_of(data.device)
+        if data.eventType == XID_EVENTS:
+            return Xid(
+                gpu, int(data.eventData), _instance(data.gpuInstanceId), _instance(data.computeInstanceId)
+            )
+        return RecoveryChanged(gpu)
+
+    def _uuid_of(self, device: Any) -> str:
+        """Without asking the GPU: an XID can be its last word."""
+        address = ctypes.cast(device, ctypes.c_void_p).value
+        for uuid, (_, handle) in self._handles.items():
+            if ctypes.cast(handle, ctypes.c_void_p).value == address:
+                return uuid
+        return ""
+
+
+def _instance(number: int) -> int | None:
+    return None if number == NO_INSTANCE else int(number)
