@@ -51,7 +51,7 @@ class CapSheetSpec(Api, frozen=True, kw_only=True):
     domain: Annotated[DomainName, Meta(description="The PowerDomain that this sheet is for.")]
     tree: Annotated[DomainName, Meta(description="The root of that domain's tree.")]
     term: Annotated[int, Meta(ge=1, description="The leadership under which it was written; never falls.")]
-    epoch: Annotated[int, Meta(ge=1, description="Grows with every change.")]
+    epoch: Annotated[int, Meta(ge=1, description="Grows with every change of what agents obey.")]
     hold_milliseconds: Annotated[
         int, Meta(ge=0, le=604_800_000, description="How long it may be trusted after the last renewal seen.")
     ] = 0
@@ -65,6 +65,10 @@ class CapSheetSpec(Api, frozen=True, kw_only=True):
             description="Caps of earlier epochs that some node may still be obeying, oldest first.",
         ),
     ] = ()
+    complete_from: Annotated[
+        int,
+        Meta(ge=1, description="`caps` and `earlier` cover every epoch from this one on; older ones are forgotten."),
+    ] = 1
     renewal: Annotated[
         Renewal | None, Meta(description="Only in the small object that renews a whole tree.")
     ] = None
