@@ -67,7 +67,10 @@ class CapSheetSpec(Api, frozen=True, kw_only=True):
     ] = ()
     complete_from: Annotated[
         int,
-        Meta(ge=1, description="`caps` and `earlier` cover every epoch from this one on; older ones are forgotten."),
+        Meta(
+            ge=1,
+            description="`caps` and `earlier` cover every epoch from this one on; older ones are forgotten.",
+        ),
     ] = 1
     renewal: Annotated[
         Renewal | None, Meta(description="Only in the small object that renews a whole tree.")
