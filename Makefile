@@ -19,8 +19,8 @@ help: ## this list
 $(VENV)/.complete: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Token Factory needs Python 3.11 or later; PYTHON=/path/to/python3.11 make … picks one" >&2; exit 1; }
-	@echo "installing Python packages into $(VENV) (about a minute, once per lock file)"
-	@mkdir -p $(CACHE); exec 9>$(CACHE)/venv.lock; flock 9; [ -e $@ ] && exit 0; \
+	@mkdir -p $(CACHE); exec 9>$(CACHE)/venv.lock; flock 9; [ -e $@ ] && { touch $@; exit 0; }; \
+	  echo "installing Python packages into $(VENV) (about a minute, once per lock file)"; \
 	  rm -rf $(VENV); $(PYTHON) -m venv $(VENV); \
 	  $(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock; touch $@
 
@@ -64,6 +64,18 @@ test: venv ## all tests; builds the embedded control plane once (about 10 minute
 bench: venv ## one benchmark: make bench B=market [QUICK=1]
 	@[ -n "$(B)" ] || { echo "make bench B=NAME, one of: $$(cd benchmarks && ls [a-z]*.py | sed 's/\.py//' | xargs)" >&2; exit 2; }
 	QUICK=$(QUICK) $(PY) benchmarks/$(B).py
+
+.PHONY: tools
+tools: venv ## find or build the control plane, helm, kubeconform and promtool (once, about 10 minutes)
+	$(PY) -m tokenfactory.cli cluster tools
+
+.PHONY: cluster
+cluster: venv ## a real control plane on this machine with our CRDs; says how to use it
+	$(PY) -m tokenfactory.cli cluster up $(if $(wildcard crds/*.yaml),--apply crds)
+
+.PHONY: cluster-down
+cluster-down: venv ## end that control plane
+	$(PY) -m tokenfactory.cli cluster down
 
 .PHONY: ci
 ci: lint types layers test ## all that must hold before anything lands

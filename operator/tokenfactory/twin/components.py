@@ -7,6 +7,7 @@ among one, no metrics of etcd, only the controllers that a cluster without a clo
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,18 @@ _AUDIT_POLICY = {
 }
 
 
+IDENTITIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "admin": ("tokenfactory-admin", ("system:masters",)),
+    "controller-manager": ("system:kube-controller-manager", ()),
+    "scheduler": ("system:kube-scheduler", ()),
+}
+"""Who has a kubeconfig from the start: user and groups by its file's name."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot do this. The text says why and where to look."""
+
+
 @dataclass(frozen=True)
 class ClusterOptions:
     """What a cluster may differ in. The default is what most tests want."""
@@ -107,6 +120,9 @@ class Plan:
     @property
     def server(self) -> str:
         return f"https://{self.host}:{self.ports.apiserver}"
+
+    def kubeconfig(self, identity: str) -> Path:
+        return self.folder / f"{identity}.kubeconfig"
 
     def argv(self, name: str, flags: Mapping[str, str | int | bool]) -> list[str]:
         own = [f"--{key}={_text(value)}" for key, value in flags.items()]
@@ -199,12 +215,12 @@ def apiserver(plan: Plan) -> list[str]:
     )
 
 
-def controller_manager(plan: Plan, kubeconfig: Path) -> list[str]:
+def controller_manager(plan: Plan) -> list[str]:
     ca, tokens = plan.authority.ca, plan.authority.signing_key("service-account")
     return plan.argv(
         "kube-controller-manager",
         {
-            "kubeconfig": str(kubeconfig),
+            "kubeconfig": str(plan.kubeconfig("controller-manager")),
             "secure-port": 0,
             "leader-elect": False,
             "use-service-account-credentials": True,
@@ -221,7 +237,7 @@ def controller_manager(plan: Plan, kubeconfig: Path) -> list[str]:
     )
 
 
-def scheduler(plan: Plan, kubeconfig: Path) -> list[str]:
+def scheduler(plan: Plan) -> list[str]:
     config = plan.folder / "scheduler.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -229,7 +245,11 @@ def scheduler(plan: Plan, kubeconfig: Path) -> list[str]:
                 "apiVersion": "kubescheduler.config.k8s.io/v1",
                 "kind": "KubeSchedulerConfiguration",
                 "leaderElection": {"leaderElect": False},
-                "clientConnection": {"kubeconfig": str(kubeconfig), "qps": 500, "burst": 1000},
+                "clientConnection": {
+                    "kubeconfig": str(plan.kubeconfig("scheduler")),
+                    "qps": 500,
+                    "burst": 1000,
+                },
                 "enableProfiling": False,
             }
         )
@@ -269,6 +289,4 @@ def certificate_user(pair: Pair) -> dict[str, object]:
 
 
 def encoded(path: Path) -> str:
-    import base64
-
     return base64.b64encode(path.read_bytes()).decode()

@@ -6,6 +6,9 @@ it: openssl is wherever certificates are. Keys are P-256: making one takes a mil
 
 from __future__ import annotations
 
+import hashlib
+import os
+import secrets
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -43,10 +46,14 @@ class Authority:
         return self._sign(name, subject, "extendedKeyUsage = clientAuth")
 
     def server(self, name: str, hosts: tuple[str, ...], addresses: tuple[str, ...]) -> Pair:
-        """A certificate for both ends of a connection: etcd's own client uses its server's."""
+        """A certificate for both ends of a connection: etcd's own client uses its server's.
+
+        Good for other names than the last time, it is another certificate.
+        """
         names = [f"DNS:{host}" for host in hosts] + [f"IP:{address}" for address in addresses]
         extensions = f"subjectAltName = {','.join(names)}\nextendedKeyUsage = serverAuth, clientAuth"
-        return self._sign(name, [f"CN = {_value(name)}"], extensions)
+        file = f"{name}-{hashlib.sha256(extensions.encode()).hexdigest()[:8]}"
+        return self._sign(file, [f"CN = {_value(name)}"], extensions)
 
     def signing_key(self, name: str) -> Pair:
         """A key pair for service account tokens; `certificate` is the bare public key."""
@@ -54,7 +61,7 @@ class Authority:
         if not pair.certificate.exists():
             _make_key(pair.key)
             public = _openssl("ec", "-in", str(pair.key), "-pubout")
-            pair.certificate.write_text(public)
+            _write(pair.certificate, public)
         return pair
 
     def _make_ca(self) -> None:
@@ -70,7 +77,7 @@ class Authority:
             *("req", "-x509", "-new", "-config", str(config), "-key", str(self.ca.key)),
             *("-sha256", "-days", _DAYS),
         )
-        self.ca.certificate.write_text(made)
+        _write(self.ca.certificate, made)
 
     def _sign(self, name: str, subject: list[str], extensions: str) -> Pair:
         pair = Pair(self.folder / f"{name}.crt", self.folder / f"{name}.key")
@@ -86,10 +93,20 @@ class Authority:
         request = _openssl("req", "-new", "-config", str(config), "-key", str(pair.key))
         signed = _openssl(
             *("x509", "-req", "-CA", str(self.ca.certificate), "-CAkey", str(self.ca.key)),
-            *("-CAcreateserial", "-sha256", "-days", _DAYS, "-extfile", str(config), "-extensions", "ext"),
+            *(
+                "-set_serial",
+                f"0x{secrets.token_hex(15)}",
+                "-sha256",
+                "-days",
+                _DAYS,
+                "-extfile",
+                str(config),
+                "-extensions",
+                "ext",
+            ),
             given=request,
         )
-        pair.certificate.write_text(signed)
+        _write(pair.certificate, signed)
         return pair
 
 
@@ -101,8 +118,15 @@ def _value(text: str) -> str:
 
 
 def _make_key(path: Path) -> None:
-    path.touch(mode=0o600)
-    path.write_text(_openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout"))
+    _write(path, _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout"))
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a certificate that exists is taken to be good."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.touch(mode=0o600)
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def _openssl(*arguments: str, given: str | None = None) -> str:

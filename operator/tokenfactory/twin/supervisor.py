@@ -4,12 +4,13 @@ Run as a program of its own (`python supervisor.py FOLDER OWNER_PID`), in a sess
 standard library only. What must stay true:
 
 - Owner gone, however it went (return, Ctrl-C, kill -9): every component is ended. The owner is watched
-  through a pidfd, so a recycled pid cannot stand in for it. OWNER_PID 0 means nobody: `cluster down` ends it.
+  through a pidfd, so a recycled pid cannot stand in for it. `detach` means: no owner any more, only
+  SIGTERM (`cluster down`) ends it.
 - Supervisor gone by kill -9: the kernel kills the components (PR_SET_PDEATHSIG).
 - Nobody outside is ever signalled by a bare pid: the state file pairs each with its start time.
 
 Commands come as lines through a FIFO (`control`), answers are the state file (`state.json`, replaced
-atomically, with the number of the last command carried out). A FIFO has no path limit like a Unix
+atomically, with the last commands carried out). A FIFO has no path limit like a Unix
 socket's and lets in only who may write the folder.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 _OWNER_POLL_SECONDS = 1.0  # only where there are no pidfds
 _GRACE_SECONDS = 3.0
+_ANSWERS_KEPT = 32
 
 
 def start_time(pid: int) -> str | None:
@@ -80,8 +82,7 @@ class Supervisor:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.started: dict[str, str] = {}
         self.ended: dict[str, int] = {}
-        self.answered = 0
-        self.error = ""
+        self.answers: dict[str, str] = {}
         self.ending = False
         self.pending = b""
 
@@ -95,19 +96,17 @@ class Supervisor:
             signal.signal(number, self._end)
         # Opened for writing too, so that it never reports end of file between two writers.
         control = os.open(self.folder / "control", os.O_RDWR | os.O_NONBLOCK)
-        watched = [control, wake_read]
         owner = self._watch_owner()
-        if owner is not None:
-            watched.append(owner)
-        poll = _OWNER_POLL_SECONDS if self.owner and owner is None else None
         self._write_state()
-        while not self.ending:
+        while not self.ending and not self._owner_gone():
+            watched = [control, wake_read, *([owner] if self.owner and owner is not None else [])]
+            poll = _OWNER_POLL_SECONDS if self.owner and owner is None else None
             ready, _, _ = select.select(watched, [], [], poll)
+            if owner in ready:
+                break
             if wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_read, 4096)
-            if (owner is not None and owner in ready) or self._owner_gone():
-                break
             self._reap()
             if control in ready:
                 self._obey(os.read(control, 65536))
@@ -117,7 +116,7 @@ class Supervisor:
         self.ending = True
 
     def _watch_owner(self) -> int | None:
-        if not self.owner or not hasattr(os, "pidfd_open"):
+        if not hasattr(os, "pidfd_open"):
             return None
         try:
             return os.pidfd_open(self.owner)
@@ -126,7 +125,8 @@ class Supervisor:
             return None
 
     def _owner_gone(self) -> bool:
-        # The owner is our parent: once it is gone we are somebody else's child.
+        # The owner is our parent: once it is gone we are somebody else's child. Also asked before the
+        # first wait, or a pid recycled before the pidfd was opened would be watched in the owner's place.
         return bool(self.owner) and os.getppid() != self.owner
 
     def _reap(self) -> None:
@@ -143,16 +143,24 @@ class Supervisor:
         *lines, self.pending = (self.pending + received).split(b"\n")
         for line in lines:
             command: dict[str, Any] = json.loads(line)
-            self.error = ""
             try:
-                if command["do"] == "start":
-                    self._start(command["name"])
-                elif command["do"] == "stop":
-                    self._stop([command["name"]], kill=command.get("kill", False))
+                self._carry_out(command)
+                answer = ""
             except Exception as error:
-                self.error = f"{command.get('do')} {command.get('name')}: {error}"
-            self.answered = command["number"]
+                answer = f"{command.get('do')} {command.get('name', '')}: {error}"
+            self.answers[command["id"]] = answer
+            while len(self.answers) > _ANSWERS_KEPT:
+                del self.answers[next(iter(self.answers))]
             self._write_state()
+
+    def _carry_out(self, command: dict[str, Any]) -> None:
+        match command["do"]:
+            case "start":
+                self._start(command["name"])
+            case "stop":
+                self._stop([command["name"]], kill=command.get("kill", False))
+            case "detach":
+                self.owner = 0
 
     def _start(self, name: str) -> None:
         if name in self.children:
@@ -199,8 +207,7 @@ class Supervisor:
         state = {
             "supervisor": {"pid": os.getpid(), "started": start_time(os.getpid())},
             "owner": self.owner,
-            "answered": self.answered,
-            "error": self.error,
+            "answers": self.answers,
             "components": {
                 **{name: {"exit": code} for name, code in self.ended.items()},
                 **{
