@@ -154,6 +154,8 @@ class Gpu:
     uuid: str
     product: str
     pci_bus_id: str = ""
+    minor: int | None = None
+    """The N of /dev/nvidiaN, by which DRA names it."""
     serial: str = ""
     architecture: str = ""
     compute_capability: str = ""

@@ -296,6 +296,7 @@ def describe(handle: Any, index: int) -> Gpu:
         uuid=uuid,
         product=probe.must("nvmlDeviceGetName"),
         pci_bus_id=_text(pci.busId) if pci is not None else "",
+        minor=probe("nvmlDeviceGetMinorNumber"),
         serial=probe("nvmlDeviceGetSerial") or "",
         architecture="" if architecture is None else ARCHITECTURES.get(architecture, str(architecture)),
         compute_capability="{}.{}".format(*capability) if capability else "",
