@@ -1,0 +1,253 @@
+"""The few fields of Kubernetes' own kinds that this product reads or writes.
+
+Everything else in an object is skipped while decoding, which is most of the time and memory that a pod costs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+from tokenfactory.api.meta import Api, LabelSelector, Resource
+
+
+class ObjectRef(Api, frozen=True, kw_only=True):
+    api_version: str = ""
+    kind: str = ""
+    namespace: str = ""
+    name: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    field_path: str = ""
+
+
+class KubeCondition(Api, frozen=True, kw_only=True):
+    """Conditions of pods, nodes and deployments alike."""
+
+    type: str = ""
+    status: str = "Unknown"
+    reason: str = ""
+    message: str = ""
+    last_transition_time: str | None = None
+
+
+# --- pods
+
+
+class SchedulingGate(Api, frozen=True, kw_only=True):
+    name: str = ""
+
+
+class ResourceRequirements(Api, frozen=True, kw_only=True):
+    limits: dict[str, str] = {}
+    requests: dict[str, str] = {}
+
+
+class ContainerPort(Api, frozen=True, kw_only=True):
+    name: str = ""
+    container_port: int = 0
+
+
+class Container(Api, frozen=True, kw_only=True):
+    name: str = ""
+    image: str = ""
+    resources: ResourceRequirements = ResourceRequirements()
+    ports: tuple[ContainerPort, ...] = ()
+
+
+class PodSpec(Api, frozen=True, kw_only=True):
+    node_name: str = ""
+    scheduling_gates: tuple[SchedulingGate, ...] = ()
+    containers: tuple[Container, ...] = ()
+    node_selector: dict[str, str] = {}
+    priority: int = 0
+    termination_grace_period_seconds: int = 30
+
+
+class TerminatedState(Api, frozen=True, kw_only=True):
+    exit_code: int = 0
+    reason: str = ""
+
+
+class ContainerState(Api, frozen=True, kw_only=True):
+    terminated: TerminatedState | None = None
+
+
+class ContainerStatus(Api, frozen=True, kw_only=True):
+    name: str = ""
+    ready: bool = False
+    restart_count: int = 0
+    state: ContainerState = ContainerState()
+
+
+class PodStatus(Api, frozen=True, kw_only=True):
+    phase: str = ""
+    reason: str = ""
+    message: str = ""
+    pod_ip: str = msgspec.field(name="podIP", default="")
+    start_time: str | None = None
+    conditions: tuple[KubeCondition, ...] = ()
+    container_statuses: tuple[ContainerStatus, ...] = ()
+
+
+class Pod(Resource, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "Pod"
+    PLURAL: ClassVar[str] = "pods"
+    SHORT: ClassVar[str] = "po"
+    NAMESPACED: ClassVar[bool] = True
+
+    api_version: str = "v1"
+    spec: PodSpec = PodSpec()
+    status: PodStatus = PodStatus()
+
+
+# --- nodes
+
+
+class Taint(Api, frozen=True, kw_only=True):
+    key: str = ""
+    value: str = ""
+    effect: str = ""
+
+
+class NodeSpec(Api, frozen=True, kw_only=True):
+    unschedulable: bool = False
+    taints: tuple[Taint, ...] = ()
+    provider_id: str = msgspec.field(name="providerID", default="")
+
+
+class NodeInfo(Api, frozen=True, kw_only=True):
+    boot_id: str = msgspec.field(name="bootID", default="")
+    kubelet_version: str = ""
+
+
+class NodeAddress(Api, frozen=True, kw_only=True):
+    type: str = ""
+    address: str = ""
+
+
+class NodeStatus(Api, frozen=True, kw_only=True):
+    allocatable: dict[str, str] = {}
+    capacity: dict[str, str] = {}
+    conditions: tuple[KubeCondition, ...] = ()
+    addresses: tuple[NodeAddress, ...] = ()
+    node_info: NodeInfo = NodeInfo()
+
+
+class Node(Resource, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "Node"
+    PLURAL: ClassVar[str] = "nodes"
+    SHORT: ClassVar[str] = "no"
+    NAMESPACED: ClassVar[bool] = False
+
+    api_version: str = "v1"
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
+
+
+class Namespace(Resource, frozen=True, kw_only=True):
+    """Its labels decide who a PowerDomain admits."""
+
+    KIND: ClassVar[str] = "Namespace"
+    PLURAL: ClassVar[str] = "namespaces"
+    SHORT: ClassVar[str] = "ns"
+    NAMESPACED: ClassVar[bool] = False
+
+    api_version: str = "v1"
+
+
+# --- leases
+
+
+class LeaseSpec(Api, frozen=True, kw_only=True):
+    holder_identity: str = ""
+    lease_duration_seconds: int = 0
+    acquire_time: str | None = None
+    renew_time: str | None = None
+    lease_transitions: int = 0
+
+
+class Lease(Resource, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "Lease"
+    PLURAL: ClassVar[str] = "leases"
+    SHORT: ClassVar[str] = ""
+    NAMESPACED: ClassVar[bool] = True
+
+    api_version: str = "coordination.k8s.io/v1"
+    spec: LeaseSpec = LeaseSpec()
+
+
+# --- deployments and services
+
+
+class DeploymentSpec(Api, frozen=True, kw_only=True):
+    replicas: int = 1
+    selector: LabelSelector = LabelSelector()
+
+
+class DeploymentStatus(Api, frozen=True, kw_only=True):
+    observed_generation: int = 0
+    replicas: int = 0
+    ready_replicas: int = 0
+    available_replicas: int = 0
+    updated_replicas: int = 0
+    conditions: tuple[KubeCondition, ...] = ()
+
+
+class Deployment(Resource, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "Deployment"
+    PLURAL: ClassVar[str] = "deployments"
+    SHORT: ClassVar[str] = "deploy"
+    NAMESPACED: ClassVar[bool] = True
+
+    api_version: str = "apps/v1"
+    spec: DeploymentSpec = DeploymentSpec()
+    status: DeploymentStatus = DeploymentStatus()
+
+
+class ServicePort(Api, frozen=True, kw_only=True):
+    name: str = ""
+    port: int = 0
+
+
+class ServiceSpec(Api, frozen=True, kw_only=True):
+    selector: dict[str, str] = {}
+    ports: tuple[ServicePort, ...] = ()
+    cluster_ip: str = msgspec.field(name="clusterIP", default="")
+
+
+class Service(Resource, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "Service"
+    PLURAL: ClassVar[str] = "services"
+    SHORT: ClassVar[str] = "svc"
+    NAMESPACED: ClassVar[bool] = True
+
+    api_version: str = "v1"
+    spec: ServiceSpec = ServiceSpec()
+
+
+# --- events
+
+
+class EventSeries(Api, frozen=True, kw_only=True):
+    count: int = 0
+    last_observed_time: str | None = None
+
+
+class Event(Resource, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "Event"
+    PLURAL: ClassVar[str] = "events"
+    SHORT: ClassVar[str] = "ev"
+    NAMESPACED: ClassVar[bool] = True
+
+    api_version: str = "events.k8s.io/v1"
+    event_time: str | None = None
+    series: EventSeries | None = None
+    reporting_controller: str = ""
+    reporting_instance: str = ""
+    action: str = ""
+    reason: str = ""
+    regarding: ObjectRef = ObjectRef()
+    note: str = ""
+    type: str = ""
