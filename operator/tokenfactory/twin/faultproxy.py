@@ -14,12 +14,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 import msgspec
-from aiohttp import web
 from kubernetes.aio.client.rest import RESTClientObject
 
 from tokenfactory.kube.credentials import from_kubeconfig
@@ -64,6 +65,11 @@ class Fault:
     times: int = 1
     met: int = field(default=0, init=False)
     happened: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    """Set once it went wrong for the last of the `times`."""
+
+    def note(self) -> None:
+        if self.met >= self.times:
+            self.happened.set()
 
 
 @dataclass(slots=True)
@@ -108,6 +114,10 @@ def expired_line() -> bytes:
     return msgspec.json.encode({"type": "ERROR", "object": status})
 
 
+class _Broken(Exception):  # noqa: N818 - it is on purpose
+    """The connection ends here, without another word."""
+
+
 class FaultProxy:
     """`async with FaultProxy(kubeconfig) as proxy: proxy.inject(Cut(watches)); ...`."""
 
@@ -117,7 +127,7 @@ class FaultProxy:
         self._open = asyncio.Event()
         self._open.set()
         self._healed = asyncio.Event()
-        self._transports: set[asyncio.BaseTransport] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self._stack = contextlib.AsyncExitStack()
         self.requests: list[Seen] = []
         self.url = ""
@@ -127,28 +137,25 @@ class FaultProxy:
         self._ours = await self._session(configuration)
         configuration.cert_file = configuration.key_file = None
         self._theirs = await self._session(configuration)
-        server = web.Server(self._handle)
-        runner = web.ServerRunner(server, shutdown_timeout=0)
-        await runner.setup()
-        self._stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._stack.callback(server.close)
+        host, port = server.sockets[0].getsockname()[:2]
         self.url = f"http://{host}:{port}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.drop_connections()
+        await asyncio.gather(*self._connections, return_exceptions=True)
         await self._stack.aclose()
 
     async def _session(self, configuration: Any) -> aiohttp.ClientSession:
         rest = RESTClientObject(configuration)
-        connector = aiohttp.TCPConnector(ssl=rest.ssl_context, limit=0)
-        timeout = aiohttp.ClientTimeout(total=None)
+        token = configuration.api_key.get("BearerToken")
         session = aiohttp.ClientSession(
             configuration.host,
-            connector=connector,
-            timeout=timeout,
+            connector=aiohttp.TCPConnector(ssl=rest.ssl_context, limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers={"Authorization": token} if token else {},
             auto_decompress=False,
             read_bufsize=2**21,
         )
@@ -172,8 +179,8 @@ class FaultProxy:
         self._open.clear()
 
     def drop_connections(self) -> None:
-        for transport in list(self._transports):
-            transport.abort()  # type: ignore[attr-defined]
+        for connection in self._connections:
+            connection.cancel()
 
     def kubeconfig(self, folder: Path, *, token_file: Path | None = None) -> Path:
         """A kubeconfig for this proxy, with the upstream's identity or with a token."""
@@ -189,6 +196,22 @@ class FaultProxy:
 
     # --- what it does
 
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, one request after the other, until somebody has had enough."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while (request := await _read_request(reader)) is not None:
+                await self._answer(request, reader, writer)
+        except (_Broken, ConnectionError, asyncio.IncompleteReadError, aiohttp.ClientError):
+            pass
+        except asyncio.CancelledError:  # drop_connections: asyncio.streams must not hear of it
+            pass
+        finally:
+            writer.transport.abort()
+            self._connections.discard(task)
+
     def _next_fault(self, seen: Seen) -> Fault | None:
         for fault in self._faults:
             if fault.met < fault.times and fault.match(seen):
@@ -196,92 +219,125 @@ class FaultProxy:
                 return fault
         return None
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        seen = Seen(request.method, request.path, dict(request.query))
+    async def _answer(
+        self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        seen = request.seen()
         self.requests.append(seen)
-        transport = request.transport
-        assert transport is not None
-        self._transports.add(transport)
-        try:
-            await self._open.wait()
-            fault = self._next_fault(seen)
-            if isinstance(fault, Answer):
-                fault.happened.set()
-                return _answer(fault)
-            return await self._forward(request, seen, fault)
-        finally:
-            self._transports.discard(transport)
-
-    async def _forward(self, request: web.BaseRequest, seen: Seen, fault: Fault | None) -> web.StreamResponse:
-        session = self._theirs if "Authorization" in request.headers else self._ours
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
-        body = await request.read()
-        try:
-            async with session.request(
-                request.method, request.path_qs, data=body or None, headers=headers
-            ) as upstream:
-                if isinstance(fault, LoseAnswer):
-                    await upstream.read()
-                    self._abort(request, fault)
-                kept = {
-                    name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP
-                }
-                response = web.StreamResponse(status=upstream.status, headers=kept)
-                await response.prepare(request)
-                await self._pump(request, response, upstream, fault, watch=seen.is_watch)
-                await response.write_eof()
-                return response
-        except aiohttp.ClientConnectorError:
-            self._abort(request, fault)
-            raise
+        await self._open.wait()
+        fault = self._next_fault(seen)
+        if isinstance(fault, Answer):
+            fault.note()
+            await _write_answer(writer, fault)
+            return
+        session = self._theirs if "authorization" in request.headers else self._ours
+        async with session.request(
+            request.method, request.target, data=request.body or None, headers=request.headers
+        ) as upstream:
+            if isinstance(fault, LoseAnswer):
+                await upstream.read()
+                fault.note()
+                raise _Broken
+            pump = asyncio.ensure_future(self._pump(writer, upstream, fault, watch=seen.is_watch))
+            if not seen.is_watch:
+                await pump
+                return
+            # A watch also ends when its reader goes: nothing else comes on this connection meanwhile.
+            gone = asyncio.ensure_future(reader.read(1))
+            try:
+                await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    raise _Broken
+                await pump
+            finally:
+                gone.cancel()
+                pump.cancel()
+                await asyncio.gather(gone, pump, return_exceptions=True)
 
     async def _pump(
-        self, request: web.BaseRequest, response: web.StreamResponse, upstream: aiohttp.ClientResponse,
-        fault: Fault | None, *, watch: bool,
-    ) -> None:  # fmt: skip
+        self,
+        writer: asyncio.StreamWriter,
+        upstream: aiohttp.ClientResponse,
+        fault: Fault | None,
+        *,
+        watch: bool,
+    ) -> None:
+        kept = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP}
+        _write_head(writer, upstream.status, {**kept, "Transfer-Encoding": "chunked"})
         passed = 0
         async for line in _lines(upstream, watch=watch):
             await self._open.wait()
-            if isinstance(fault, (Cut, Stall, Inject)) and passed == fault.after_lines:
-                await self._break(request, response, fault, line)
-                return
-            await response.write(line)
+            if isinstance(fault, Cut) and passed == fault.after_lines:
+                _write_chunk(writer, line[: len(line) // 2])
+                await writer.drain()
+                fault.note()
+                raise _Broken
+            if isinstance(fault, Stall) and passed == fault.after_lines:
+                fault.note()
+                await self._healed.wait()
+            if isinstance(fault, Inject) and passed == fault.after_lines:
+                fault.note()
+                _write_chunk(writer, fault.line + b"\n")
+                break
+            _write_chunk(writer, line)
+            await writer.drain()
             passed += 1
-
-    async def _break(
-        self, request: web.BaseRequest, response: web.StreamResponse, fault: Cut | Stall | Inject, line: bytes
-    ) -> None:
-        if isinstance(fault, Cut):
-            await response.write(line[: len(line) // 2])
-            self._abort(request, fault)
-        fault.happened.set()
-        if isinstance(fault, Inject):
-            await response.write(fault.line + b"\n")
-        if isinstance(fault, Stall):
-            await self._healed.wait()
-
-    @staticmethod
-    def _abort(request: web.BaseRequest, fault: Fault | None) -> None:
-        if fault is not None:
-            fault.happened.set()
-        if request.transport is not None:
-            request.transport.abort()
-        raise asyncio.CancelledError
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
 
 
-def _answer(fault: Answer) -> web.Response:
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    def seen(self) -> Seen:
+        parts = urlsplit(self.target)
+        return Seen(self.method, parts.path, dict(parse_qsl(parts.query, keep_blank_values=True)))
+
+
+async def _read_request(reader: asyncio.StreamReader) -> _Request | None:
+    """The next request of a connection, or None at its end. Bodies have a Content-Length, as our clients send."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    first, *rest = head.decode("latin-1").split("\r\n")
+    method, target, _ = first.split(" ")
+    pairs = (line.split(":", 1) for line in rest if line)
+    headers = {name.strip().lower(): value.strip() for name, value in pairs}
+    if "chunked" in headers.get("transfer-encoding", ""):
+        message = "the fault proxy reads no chunked requests: send a Content-Length"
+        raise ValueError(message)
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    kept = {name: value for name, value in headers.items() if name not in _HOP_BY_HOP}
+    return _Request(method, target, kept, body)
+
+
+def _write_head(writer: asyncio.StreamWriter, code: int, headers: Mapping[str, str]) -> None:
+    lines = [f"HTTP/1.1 {code} {HTTPStatus(code).phrase}", *(f"{name}: {headers[name]}" for name in headers)]
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+
+
+def _write_chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
+    if data:  # an empty chunk would be the end
+        writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+async def _write_answer(writer: asyncio.StreamWriter, fault: Answer) -> None:
     status = {
         "kind": "Status",
         "code": fault.code,
         "reason": fault.reason,
         "message": "the fault proxy said so",
     }
-    return web.Response(
-        status=fault.code,
-        headers=dict(fault.headers),
-        body=msgspec.json.encode(status),
-        content_type="application/json",
-    )
+    body = msgspec.json.encode(status)
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **fault.headers}
+    _write_head(writer, fault.code, headers)
+    writer.write(body)
+    await writer.drain()
 
 
 async def _lines(upstream: aiohttp.ClientResponse, *, watch: bool) -> AsyncIterator[bytes]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import ClassVar
 
+import msgspec
 import pytest
 
 from tokenfactory.api.meta import Resource
@@ -87,12 +89,19 @@ class Maps:
         await self.client.request("DELETE", object_path(ConfigMap, (self.namespace, name)))
 
     async def count(self) -> int:
-        import msgspec
-
         body = await self.client.request(
             "GET", collection_path(ConfigMap, self.namespace), query={"labelSelector": "test=kube"}
         )
         return len(msgspec.json.decode(body)["items"])
+
+
+@pytest.fixture
+def namespace(cluster) -> Iterator[str]:
+    """One per test: each begins with nothing there."""
+    name = f"kube-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl("create", "namespace", name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture
@@ -119,15 +128,23 @@ def maps(direct, namespace) -> Maps:
 
 
 @pytest.fixture
-async def follow(client, namespace) -> AsyncIterator[Callable[..., Follower]]:
+def config_maps(client, namespace) -> Callable[..., Cache]:
+    def make(through: Client = client, **options: object) -> Cache:
+        chosen = {"backoff": quick(), "label_selector": "test=kube", "namespace": namespace} | options
+        return Cache(through, ConfigMap, **chosen)
+
+    return make
+
+
+@pytest.fixture
+async def follow(config_maps) -> AsyncIterator[Callable[..., Follower]]:
     """Start a cache of the namespace's ConfigMaps through the proxy."""
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         running: list[asyncio.Task[None]] = []
 
         def start(**options: object) -> Follower:
-            options = {"backoff": quick(), "label_selector": "test=kube", "namespace": namespace} | options
-            follower = Follower(Cache(options.pop("client", client), ConfigMap, **options))
+            follower = Follower(config_maps(**options))
             running.append(tasks.create_task(follower.cache.run()))
             return follower
 
