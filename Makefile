@@ -76,6 +76,7 @@ cluster: venv ## a real control plane on this machine with our CRDs; says how to
 .PHONY: cluster-down
 cluster-down: venv ## end that control plane
 	$(PY) -m tokenfactory.cli cluster down
+
 .PHONY: proto
 proto: venv ## generate agent/podresources from its .proto
 	$(PY) -m grpc_tools.protoc -I operator --python_out=operator --pyi_out=operator \
