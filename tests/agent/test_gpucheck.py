@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tokenfactory.twin.nvml import function_numbers
+
 
 def run(node, *arguments):
     return subprocess.run(
@@ -30,7 +32,7 @@ def test_it_reads_everything_and_sets_nothing(make_node, product):
     assert report["calls"][0]["fields"]["supported"]["230"] == 0
     setters = [
         f
-        for f in _functions(node)
+        for f in function_numbers(node.library)
         if "Set" in f.removeprefix("nvmlEventSet") or "Update" in f or "Reset" in f
     ]
     assert len(setters) >= 5
