@@ -1,0 +1,430 @@
+"""The ledger: the most watts that every node, and so every domain, may be drawing.
+
+It is a pure function of what the API server holds: domains, cap sheets, GPUNodes, and which nodes were heard of
+lately. A restarted operator therefore charges exactly what the crashed one did. What a node is charged:
+
+* its overhead, and for each GPU the highest cap that its agent may come to obey, or the limit it read back if that
+  is higher. For one domain that is the highest cap since the epoch it acknowledged; over its path, the lowest of
+  these, because the agent obeys the lowest sheet at each moment and the lowest of the highest bounds every such
+  moment. Domains that it has not acknowledged bound nothing;
+* its present spec stands for every older one that the agent may still be reading, because a grant or a former
+  path leaves the spec only after the agent has reported without it (see `grants.py`);
+* a GPU that somebody else's pod holds, or may come to hold, at its default limit, which is what a reboot leaves.
+
+A silent node stays charged like any other. Only a fence ends that, and only while nothing is heard of the node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Final, Literal
+
+import msgspec
+
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.gpu_node import GPUNode, GPUStatus
+from tokenfactory.api.names import class_product, idle_class
+from tokenfactory.planning.power.sheets import Caps, History
+
+UNBOUNDED: Final = 10**15
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One power domain, with what it may be charged now: its limit less reserve and fixed load."""
+
+    name: str
+    parent: str | None
+    usable_milliwatts: int
+    hold_milliseconds: int = 300_000
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the operator knows of a node besides its GPUNode."""
+
+    guarded: bool = False
+    """No pod that asks for GPUs lands here without our scheduling gate (a taint keeps them off)."""
+    nameplate_milliwatts: int = 0
+    """The most it can draw: what it is charged while no agent has reported from it."""
+    heard: bool = True
+    """A sign of life came within the time after which a node counts as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leadership:
+    """Whose writes may still be under way.
+
+    `claim_from` is the lowest term whose leader and all later ones up to us ended with a clean hand-over. An object
+    last written in an earlier term may yet receive a late write of that term, until we write it ourselves. So may an
+    object in `unsettled`: one that we wrote without learning the outcome. Both by (kind, name).
+    """
+
+    term: int
+    claim_from: int
+    unsettled: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """GPUs of one node that follow one class: each is charged max(base, cap within low and high).
+
+    `unbounded` stands for the cap where no sheet bounds it: the highest limit, or for idle GPUs the lowest, because
+    nothing of ours runs on them.
+    """
+
+    class_name: str
+    count: int
+    low: int
+    high: int
+    base: int
+    unbounded: int
+
+    def charge(self, cap: int) -> int:
+        if cap == UNBOUNDED:
+            cap = self.unbounded
+        return self.count * max(self.base, min(max(cap, self.low), self.high))
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What one node, or many nodes in the same position, are charged by.
+
+    `acked` goes with `domains`. `fixed` is what no sheet can change.
+    """
+
+    domains: tuple[str, ...]
+    acked: tuple[int, ...]
+    fixed: int
+    demands: tuple[Demand, ...]
+
+
+Kind = Literal["Charged", "Fenced", "Unplaced", "Nameplate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One node in the ledger."""
+
+    line: Line
+    kind: Kind
+    node: GPUNode
+    facts: NodeFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """May this be written into a node's spec now? `why` says what is missing."""
+
+    admitted: bool
+    why: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.admitted
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The state of all charges at one moment. See `observe`."""
+
+    domains: Mapping[str, Domain]
+    sheets: Mapping[str, CapSheet]
+    histories: Mapping[str, History]
+    entries: Mapping[str, Entry]
+    leadership: Leadership
+    lines: Mapping[Line, tuple[str, ...]]
+    charges: Mapping[str, int] = field(default_factory=dict)
+
+    def charge(self, domain: str) -> int:
+        """The most that all nodes of this domain may be drawing together."""
+        return self.charges.get(domain, 0)
+
+    def headroom(self, domain: str) -> int:
+        """What is left to hand out here; negative when more is charged than may be."""
+        return self.domains[domain].usable_milliwatts - self.charge(domain)
+
+    def path_headroom(self, domain: str) -> int:
+        """What is left here and in every domain above."""
+        return min((self.headroom(name) for name in self.path(domain)), default=0)
+
+    def node_charge(self, node: str) -> int:
+        entry = self.entries.get(node)
+        return self.line_charge(entry.line) if entry is not None else 0
+
+    def path(self, domain: str) -> tuple[str, ...]:
+        """From the root down to this domain."""
+        return path_of(self.domains, domain)
+
+    def tree(self, domain: str) -> str:
+        """The root above this domain."""
+        return self._roots[domain]
+
+    @cached_property
+    def _roots(self) -> Mapping[str, str]:
+        return {name: path_of(self.domains, name)[0] for name in self.domains}
+
+    def highest(self, line: Line, class_name: str) -> int:
+        """The most that any sheet which these nodes may be obeying, or come to obey, gives this class."""
+        best = UNBOUNDED
+        for domain, acked in zip(line.domains, line.acked, strict=True):
+            caps = self.caps_since(domain, acked)
+            if caps is not None:
+                best = min(best, caps.get(class_name, 0))
+        return best
+
+    def caps_since(self, domain: str, acked: int) -> Caps | None:
+        history = self.histories.get(domain)
+        return history.highest(acked) if history is not None else None
+
+    def line_charge(self, line: Line) -> int:
+        return line.fixed + sum(
+            demand.charge(self.highest(line, demand.class_name)) for demand in line.demands
+        )
+
+    def unclaimed(self, tree: str) -> tuple[tuple[str, str], ...]:
+        """Objects of this tree, by (kind, name), that a former leader's late write may still change."""
+        return self._unclaimed.get(tree, ())
+
+    @cached_property
+    def _unclaimed(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for name in self.domains:
+            if not self._claimed("CapSheet", name):
+                found[self.tree(name)].append(("CapSheet", name))
+        for name, entry in self.entries.items():
+            if not self._claimed("GPUNode", name):
+                for tree in {self.tree(d) for d in entry.line.domains if d in self.domains}:
+                    found[tree].append(("GPUNode", name))
+        return {tree: tuple(objects) for tree, objects in found.items()}
+
+    def _claimed(self, kind: Literal["CapSheet", "GPUNode"], name: str) -> bool:
+        if (kind, name) in self.leadership.unsettled:
+            return False
+        if kind == "GPUNode":
+            return self.entries[name].node.spec.term >= self.leadership.claim_from
+        sheet = self.sheets.get(name)
+        return sheet is not None and sheet.spec.term >= self.leadership.claim_from
+
+    def least_acked(self, domain: str) -> int:
+        """The lowest epoch that a node of this domain acknowledged, as far as the sheet remembers."""
+        history = self.histories.get(domain)
+        if history is None:
+            return 0
+        least = history.spec.epoch + 1
+        for line in self.lines:
+            for name, acked in zip(line.domains, line.acked, strict=True):
+                if name == domain and acked >= max(history.spec.complete_from, 1):
+                    least = min(least, acked)
+        return least
+
+    def lost(self, domain: str) -> tuple[str, ...]:
+        """Silent nodes that stay charged here until they are fenced."""
+        return tuple(
+            name
+            for name, entry in self.entries.items()
+            if entry.kind != "Fenced" and not entry.facts.heard and domain in entry.line.domains
+        )
+
+    def fallback_load(self, domain: str) -> int:
+        """What this domain draws at most once hold has run out everywhere and every agent lives (`Feasible`)."""
+        total = 0
+        for line, names in self.lines.items():
+            if domain in line.domains:
+                each = line.fixed
+                for demand in line.demands:
+                    fallbacks = [self._fallback(name, demand.class_name) for name in line.domains]
+                    low = min(max(min(fallbacks, default=0), demand.low), demand.high)
+                    each += demand.count * low
+                total += each * len(names)
+        return total
+
+    def _fallback(self, domain: str, class_name: str) -> int:
+        history = self.histories.get(domain)
+        for cap in history.spec.caps if history is not None else ():
+            if cap.class_name == class_name:
+                return min(cap.cap, cap.fallback)
+        return 0
+
+    def admit(self, node: str, class_name: str, gpus: int) -> Admission:
+        """Would every domain still fit, at once and by every sheet that may be obeyed, with this grant added?"""
+        entry = self.entries.get(node)
+        if entry is None or entry.kind != "Charged":
+            return Admission(False, (f"node {node} has no reporting agent, no path or is fenced",))
+        demand, fixed = _pending(entry.node, entry.facts, class_name, gpus)
+        line = replace(entry.line, fixed=entry.line.fixed + fixed, demands=(*entry.line.demands, demand))
+        return self._fits(entry.line, line)
+
+    def admit_return(self, node: str) -> Admission:
+        """May this node's fence be lifted: do its floor and what is granted on it fit?"""
+        entry = self.entries.get(node)
+        if entry is None or entry.kind != "Fenced":
+            return Admission(True)
+        spec = replace_struct(entry.node, fence=None)
+        return self._fits(entry.line, enter(spec, replace(entry.facts, heard=True), self.domains).line)
+
+    def admit_spec(self, node: GPUNode) -> Admission:
+        """May this spec take the place of the node's present one? For a dropped former path, or a new place."""
+        entry = self.entries.get(node.metadata.name)
+        facts = entry.facts if entry is not None else NodeFacts()
+        before = entry.line if entry is not None else Line((), (), 0, ())
+        return self._fits(before, enter(node, facts, self.domains).line)
+
+    def with_node(self, node: GPUNode) -> Ledger:
+        """The ledger as it is once this node's object was written: for several admissions in a row."""
+        name = node.metadata.name
+        facts = self.entries[name].facts if name in self.entries else NodeFacts()
+        return _summed(replace(self, entries={**self.entries, name: enter(node, facts, self.domains)}))
+
+    def _fits(self, before: Line, after: Line) -> Admission:
+        """P1 and P3: all domains of the path, with nothing under way that could yet change the sum."""
+        why = []
+        old, new = self.line_charge(before), self.line_charge(after)
+        for domain in after.domains:
+            if domain not in self.domains:
+                why.append(f"domain {domain} does not exist")
+                continue
+            if unclaimed := self.unclaimed(self.tree(domain)):
+                kind, name = unclaimed[0]
+                why.append(f"{len(unclaimed)} objects are not claimed yet, such as {kind} {name}")
+            lack = -self.headroom(domain) + new - (old if domain in before.domains else 0)
+            if lack > 0:
+                why.append(f"domain {domain} lacks {lack} mW")
+        return Admission(not why, tuple(dict.fromkeys(why)))
+
+
+def observe(
+    domains: Mapping[str, Domain],
+    sheets: Mapping[str, CapSheet],
+    nodes: Iterable[GPUNode],
+    facts: Mapping[str, NodeFacts],
+    leadership: Leadership,
+) -> Ledger:
+    """The ledger from what the API server holds. Renewals are no sheets: leave them out."""
+    entries = {
+        node.metadata.name: enter(node, facts.get(node.metadata.name, NodeFacts(heard=False)), domains)
+        for node in nodes
+    }
+    histories = {name: History.of(sheet.spec) for name, sheet in sheets.items()}
+    return _summed(Ledger(domains, sheets, histories, entries, leadership, {}))
+
+
+def path_of(domains: Mapping[str, Domain], domain: str) -> tuple[str, ...]:
+    """From the root down to this domain; a cycle ends where it closes."""
+    names: list[str] = []
+    at: str | None = domain
+    while at is not None and at in domains and at not in names:
+        names.append(at)
+        at = domains[at].parent
+    return tuple(reversed(names))
+
+
+def enter(node: GPUNode, facts: NodeFacts, domains_now: Mapping[str, Domain]) -> Entry:
+    """One node's line."""
+    spec, status = node.spec, node.status
+    domains, obeyed = _domains_of(node, domains_now)
+    acks = {entry.domain: entry.epoch for entry in status.applied}
+    acked = tuple(acks.get(domain, 0) if domain in obeyed else 0 for domain in domains)
+    if not domains:
+        return Entry(Line((), (), 0, ()), "Unplaced", node, facts)
+    if is_fenced(node, facts):
+        return Entry(Line(domains, (0,) * len(domains), 0, ()), "Fenced", node, facts)
+    if not status.gpus:
+        # Whoever has no agent cannot be capped: it is charged in full.
+        fixed = max(facts.nameplate_milliwatts, spec.overhead_milliwatts)
+        return Entry(Line(domains, acked, fixed, ()), "Nameplate", node, facts)
+    fixed = spec.overhead_milliwatts
+    demands: Counter[tuple[str, int, int, int, int]] = Counter()
+    held = Counter(gpu.pod_uid for gpu in status.gpus if gpu.pod_uid)
+    grants = {pod.uid: pod for pod in spec.pods}
+    for gpu in status.gpus:
+        base = _base(gpu, facts, capped=status.capped)
+        grant = grants.get(gpu.pod_uid)
+        if grant is not None and held[gpu.pod_uid] <= grant.gpus:
+            demands[grant.class_name, gpu.min_milliwatts, _high(gpu), base, _high(gpu)] += 1
+        elif gpu.pod_uid:
+            fixed += max(base, gpu.default_milliwatts)
+        else:
+            demands[idle_class(gpu.product), gpu.min_milliwatts, _high(gpu), base, gpu.min_milliwatts] += 1
+    waiting = []
+    for pod in spec.pods:
+        if pod.gpus > held[pod.uid]:
+            demand, less = _pending(node, facts, pod.class_name, pod.gpus - held[pod.uid])
+            waiting.append(demand)
+            fixed += less
+    line = Line(
+        domains,
+        acked,
+        fixed,
+        (
+            *(
+                Demand(name, count, low, high, base, unbounded)
+                for (name, low, high, base, unbounded), count in sorted(demands.items())
+            ),
+            *waiting,
+        ),
+    )
+    return Entry(line, "Charged", node, facts)
+
+
+def is_fenced(node: GPUNode, facts: NodeFacts) -> bool:
+    """P4: a fence holds for the boot that it ended, and only while nothing is heard of the node."""
+    fence = node.spec.fence
+    return fence is not None and fence.boot_id == node.status.boot_id and not facts.heard
+
+
+def replace_struct(node: GPUNode, **spec: object) -> GPUNode:
+    """The node with other spec fields."""
+    return msgspec.structs.replace(node, spec=msgspec.structs.replace(node.spec, **spec))
+
+
+def _base(gpu: GPUStatus, facts: NodeFacts, *, capped: bool) -> int:
+    """What a GPU is charged at least, whatever the sheets say.
+
+    Until its agent has capped it in this boot, nothing of ours runs on it, and on a guarded node nothing else
+    either, so the limit that a reboot left there draws nothing.
+    """
+    if not facts.guarded:
+        return max(gpu.enforced_milliwatts, gpu.default_milliwatts, gpu.min_milliwatts)
+    return max(gpu.min_milliwatts, gpu.enforced_milliwatts if capped else 0)
+
+
+def _high(gpu: GPUStatus) -> int:
+    return max(gpu.max_milliwatts, gpu.min_milliwatts)
+
+
+def _pending(node: GPUNode, facts: NodeFacts, class_name: str, gpus: int) -> tuple[Demand, int]:
+    """GPUs that a pod may yet take, we do not know which: what they may draw above the least that any is charged."""
+    product = class_product(class_name)
+    fitting = [gpu for gpu in node.status.gpus if gpu.product == product] or list(node.status.gpus)
+    low = min(gpu.min_milliwatts for gpu in fitting)
+    least = min(_base(gpu, facts, capped=False) for gpu in fitting)
+    high = max(_high(gpu) for gpu in fitting)
+    demand = Demand(class_name, gpus, low, high, least, high)
+    return demand, -gpus * least
+
+
+def _domains_of(node: GPUNode, domains_now: Mapping[str, Domain]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Where the node is charged, and which of these its agent obeys.
+
+    A domain that was put under another parent draws from there at once, before the paths of its nodes say so.
+    """
+    obeyed = dict.fromkeys(domain for path in (node.spec.path, *node.spec.former_paths) for domain in path)
+    leaf = node.spec.path[-1] if node.spec.path else None
+    above = path_of(domains_now, leaf) if leaf is not None else ()
+    return tuple(dict.fromkeys((*obeyed, *above))), frozenset(obeyed)
+
+
+def _summed(ledger: Ledger) -> Ledger:
+    groups: dict[Line, list[str]] = defaultdict(list)
+    for name, entry in ledger.entries.items():
+        groups[entry.line].append(name)
+    charges = dict.fromkeys(ledger.domains, 0)
+    lines = {line: tuple(names) for line, names in groups.items()}
+    for line, names in lines.items():
+        charge = ledger.line_charge(line) * len(names)
+        for domain in line.domains:
+            charges[domain] = charges.get(domain, 0) + charge
+    return replace(ledger, lines=lines, charges=charges)
