@@ -1,0 +1,224 @@
+"""Budgets that cut across the tree: a factory's own ceiling, or a namespace's.
+
+Such a budget (a *purse*) has a price of its own, which adds to the domains' prices for its classes.
+The right price is the lowest at which the purse is not overdrawn. Between two prices at which the
+order of buying changes nothing changes; at such a price pieces tie, and the purse's delay within the
+tie makes what it pays change without a jump. So each purse is met to the last watt worth talking
+about, and the result is still one order of buying for the whole tree.
+
+Raising one purse's price frees watts for the others, which may then overdraw theirs: the purses take
+turns until none does. Prices are compared stage by stage, so a higher band never pays for a lower.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenfactory.planning.power.forest import Fleet, Forest
+from tokenfactory.planning.power.goods import (
+    TURN,
+    Adder,
+    BoolArray,
+    Goods,
+    IntArray,
+    net_prices,
+    put_in_order,
+    ranks,
+)
+from tokenfactory.planning.power.market import Clearing, Market
+
+# A search for a price ends when this part of the purse is spent; a priced purse that spends less than
+# LEAST_SPENT is priced anew. Both are well inside the 0.1 % that may be lost.
+SPENT = 0.999998
+LEAST_SPENT = 0.99995
+TURNS = 30
+SPLITS = 40
+# More than any piece is worth, in a stage's entry of a price.
+PROHIBITIVE = 1 << 50
+
+
+@dataclass(frozen=True)
+class Purse:
+    """A ceiling on the caps of all GPUs of some classes, wherever they stand."""
+
+    name: str
+    members: BoolArray
+    """By class index."""
+    milliwatts: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The market with every purse within its budget."""
+
+    clearing: Clearing
+    adders: Mapping[str, Adder]
+    """By purse; those that cost nothing are left out."""
+    spent: Mapping[str, int]
+    """Milliwatts by purse."""
+    overdrawn: tuple[str, ...]
+    """Purses that not even NVML's minimum fits."""
+
+
+@dataclass(frozen=True)
+class _Site:
+    forest: Forest
+    goods: Goods
+    fleet: Fleet
+    committed: IntArray
+    limits: IntArray
+    price_floors: Mapping[int, float] | None
+
+    def clear(self, adders: Mapping[str, Adder]) -> Clearing:
+        order = put_in_order(self.goods, adders.values(), self.price_floors)
+        return Market(self.forest, order, self.fleet, self.committed).clear(self.limits)
+
+    def spent(self, clearing: Clearing, purse: Purse) -> int:
+        mine = purse.members[self.fleet.class_index]
+        return int((self.fleet.gpus * clearing.caps)[mine].sum())
+
+
+def settle(
+    forest: Forest,
+    goods: Goods,
+    fleet: Fleet,
+    committed: IntArray,
+    limits: IntArray,
+    purses: tuple[Purse, ...] = (),
+    price_floors: Mapping[int, float] | None = None,
+) -> Settled:
+    """Clears the market within the limits of the tree and of every purse."""
+    site = _Site(forest, goods, fleet, committed, limits, price_floors)
+    adders: dict[str, Adder] = {}
+    clearing = site.clear(adders)
+    for turn in range(2 * TURNS):
+        moved = [p for p in purses if _take_turn(site, adders, p, may_fall=turn < TURNS)]
+        if not moved:
+            break
+        for together in _coupled(goods, adders, moved) if turn else ():
+            _move_together(site, adders, together, may_fall=turn < TURNS)
+    clearing = site.clear(adders)
+    if any(site.spent(clearing, p) > p.milliwatts for p in purses):
+        for purse in purses:
+            if site.spent(clearing, purse) > purse.milliwatts:
+                adders[purse.name] = _prohibitive(goods, purse)
+                clearing = site.clear(adders)
+    spent = {p.name: site.spent(clearing, p) for p in purses}
+    return Settled(clearing, adders, spent, tuple(p.name for p in purses if spent[p.name] > p.milliwatts))
+
+
+def _take_turn(site: _Site, adders: dict[str, Adder], purse: Purse, *, may_fall: bool) -> bool:
+    """Sets one purse's price anew if it is overdrawn, or priced without need."""
+    spent = site.spent(site.clear(adders), purse)
+    slack = may_fall and purse.name in adders and spent < LEAST_SPENT * purse.milliwatts
+    if spent <= purse.milliwatts and not slack:
+        return False
+    before = adders.pop(purse.name, None)
+    found = _lowest_price(site, adders, purse)
+    if found is not None:
+        adders[purse.name] = found
+    return found != before
+
+
+def _coupled(goods: Goods, adders: Mapping[str, Adder], moved: list[Purse]) -> list[list[Purse]]:
+    """Purses that moved and have pieces in one tie: what one gives up there the next one takes."""
+    net, _ = net_prices(goods, adders.values())
+    group = ranks(net)
+    clusters: list[tuple[set[int], list[Purse]]] = []
+    for purse in moved:
+        ties = set(group[purse.members[goods.piece_class]].tolist())
+        together = [purse]
+        for other in [c for c in clusters if c[0] & ties]:
+            clusters.remove(other)
+            ties |= other[0]
+            together += other[1]
+        clusters.append((ties, together))
+    return [c[1] for c in clusters if len(c[1]) > 1]
+
+
+def _move_together(site: _Site, adders: dict[str, Adder], together: list[Purse], *, may_fall: bool) -> None:
+    """Moves several purses by the same price, as far as their sum asks for: one by one they would only
+    hand the overdraft to each other, in ever so small steps.
+    """
+    free = Adder(together[0].members, (0,) * site.goods.stages, 0)
+    own = {p.name: adders.get(p.name, free) for p in together}
+    least = min(own.values(), key=lambda a: (a.price, a.delay)) if may_fall else free
+    for purse in together:
+        adders[purse.name] = _shift(purse, own[purse.name], least, -1)
+    members = np.logical_or.reduce([p.members for p in together])
+    joint = _lowest_price(site, adders, Purse("\0", members, sum(p.milliwatts for p in together)))
+    for purse in together if joint is not None else ():
+        adders[purse.name] = _shift(purse, adders[purse.name], joint or free, 1)
+
+
+def _shift(purse: Purse, adder: Adder, by: Adder, sign: int) -> Adder:
+    price = tuple(min(a + sign * b, PROHIBITIVE) for a, b in zip(adder.price, by.price, strict=True))
+    return Adder(purse.members, price, adder.delay + sign * by.delay)
+
+
+def _prohibitive(goods: Goods, purse: Purse) -> Adder:
+    return Adder(purse.members, (PROHIBITIVE,) * goods.stages, 0)
+
+
+def _lowest_price(site: _Site, others: Mapping[str, Adder], purse: Purse) -> Adder | None:
+    """The lowest price of one purse at which it is not overdrawn, with the other purses' prices as they are.
+
+    Found stage by stage: the first entry alone decides until what lies between two of its values matters.
+    """
+
+    def spent(price: tuple[int, ...], delay: int) -> int:
+        trial = {**others, purse.name: Adder(purse.members, price, delay)}
+        return site.spent(site.clear(trial), purse)
+
+    if site.spent(site.clear(others), purse) <= purse.milliwatts:
+        return None
+    stages = site.goods.stages
+    # Later than every tied rival, so that what fits now fits just above this price as well.
+    latest = sum(abs(a.delay) for a in others.values()) + TURN
+    price: tuple[int, ...] = ()
+    for stage in range(stages):
+        rest = (PROHIBITIVE,) * (stages - stage - 1)
+        turning = _turning_prices(site.goods, others, purse.members, stage)
+        low, high = 0, turning.size  # from turning[high] on it fits
+        while low < high:
+            middle = (low + high) // 2
+            if spent((*price, int(turning[middle]), *rest), latest) <= purse.milliwatts:
+                high = middle
+            else:
+                low = middle + 1
+        if high == turning.size:
+            return _prohibitive(site.goods, purse)
+        price = (*price, int(turning[high]))
+    delay = _shortest_delay(purse.milliwatts, latest, lambda delay: spent(price, delay))
+    return Adder(purse.members, price, delay)
+
+
+def _shortest_delay(budget: int, latest: int, spent: Callable[[int], int]) -> int:
+    """The shortest delay that fits: a bracket that shrinks by false position, halved when that is slow."""
+    high, low = latest, -latest
+    spent_high, spent_low = spent(high), spent(low)
+    if spent_low <= budget:
+        return low
+    for step in range(SPLITS):
+        if spent_high >= SPENT * budget or high - low <= 1:
+            break
+        part = ((SPENT + 1) / 2 * budget - spent_high) / (spent_low - spent_high) if step % 3 else 0.5
+        middle = min(max(high - round((high - low) * part), low + 1), high - 1)
+        here = spent(middle)
+        if here <= budget:
+            high, spent_high = middle, here
+        else:
+            low, spent_low = middle, here
+    return high
+
+
+def _turning_prices(goods: Goods, others: Mapping[str, Adder], members: BoolArray, stage: int) -> IntArray:
+    """Every entry at which one of the purse's pieces may tie with another piece, or with buying nothing."""
+    net = goods.prices[stage].copy()
+    for adder in others.values():
+        net[adder.members[goods.piece_class]] -= adder.price[stage]
+    mine = members[goods.piece_class]
+    rest = np.unique(np.concatenate(([0], net[~mine])))
+    found = np.unique(np.unique(net[mine])[:, None] - rest[None, :])
+    return found if stage else found[found >= 0]
