@@ -50,6 +50,14 @@ format: venv ## let ruff rewrite what it can
 	ruff check --fix .
 	ruff format .
 
+.PHONY: crds
+crds: venv ## write crds/ and the chart's copy from the types in api/
+	$(PY) -m tokenfactory.api.crd
+
+.PHONY: drift
+drift: venv ## generated files are what their sources say
+	$(PY) -m tokenfactory.api.crd --check
+
 .PHONY: test-fast
 test-fast: venv ## unit tests without a cluster, under a minute
 	$(PY) -m pytest -q tests/unit -m "not slow and not cluster and not node"
@@ -87,4 +95,4 @@ gpu-check: venv ## what a real GPU answers to everything the agent asks (reads o
 	$(PY) -m tokenfactory.agent.gpucheck
 
 .PHONY: ci
-ci: lint types layers test ## all that must hold before anything lands
+ci: lint types layers drift test ## all that must hold before anything lands

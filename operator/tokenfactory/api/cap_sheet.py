@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from tokenfactory.api.fields import ClassName, DomainName, MilliwattsField
 from tokenfactory.api.meta import Api, Resource
+from tokenfactory.api.rules import AGE, Column, Rule
 
 TREE_LABEL = "tokenfactory.dev/tree"
 RENEWAL_SUFFIX = ".renewal"
@@ -27,6 +28,14 @@ def renewal_name(tree: str) -> str:
 class ClassCap(Api, frozen=True, kw_only=True):
     """What each GPU of one class may draw here."""
 
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="!has(self.fallback) || self.fallback <= self.cap",
+            message="fallback must be at most cap: a node that hears nothing may not draw more",
+            at=".fallback",
+        ),
+    )
+
     class_name: Annotated[ClassName, Meta(description="The class.")] = msgspec.field(name="class")
     cap: Annotated[MilliwattsField, Meta(description="Milliwatts per GPU.")]
     fallback: Annotated[
@@ -38,7 +47,9 @@ class EarlierCaps(Api, frozen=True, kw_only=True):
     """The highest caps of the epochs after the previous entry's and up to `through`, where they exceed later ones."""
 
     through: Annotated[int, Meta(ge=1, description="The last epoch of this stretch.")]
-    caps: Annotated[tuple[ClassCap, ...], Meta(max_length=4096)]
+    caps: Annotated[
+        tuple[ClassCap, ...], Meta(max_length=4096, description="The highest cap of each class in it.")
+    ]
 
 
 class Renewal(Api, frozen=True, kw_only=True):
@@ -48,6 +59,71 @@ class Renewal(Api, frozen=True, kw_only=True):
 
 
 class CapSheetSpec(Api, frozen=True, kw_only=True):
+    """What one domain allows now, and what some node may still be obeying."""
+
+    # P5: an object that moved on can never be put back, whoever writes.
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="self.domain == oldSelf.domain",
+            message="a sheet stays with its domain: write another sheet",
+            at=".domain",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="self.term >= oldSelf.term",
+            message="an older leadership may not write",
+            advice="'term %d is an older leadership than %d: another leader has taken over, so this one must stop'"
+            ".format([self.term, oldSelf.term])",
+            at=".term",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="self == oldSelf || has(self.renewal) || self.epoch > oldSelf.epoch",
+            message="every change needs a higher epoch",
+            advice="'every change needs a higher epoch: read the sheet again and write epoch %d or more, not %d'"
+            ".format([oldSelf.epoch + 1, self.epoch])",
+            at=".epoch",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="self == oldSelf || !has(self.renewal) || !has(oldSelf.renewal)"
+            " || self.renewal.sequence > oldSelf.renewal.sequence",
+            message="every renewal needs a higher sequence",
+            advice="'every renewal needs a higher sequence: write %d or more, not %d'"
+            ".format([oldSelf.renewal.sequence + 1, self.renewal.sequence])",
+            at=".renewal.sequence",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="has(self.renewal) == has(oldSelf.renewal)",
+            message="a renewal stays a renewal and a sheet stays a sheet: write another object",
+            at=".renewal",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="!has(self.renewal) || ((!has(self.caps) || size(self.caps) == 0)"
+            " && (!has(self.earlier) || size(self.earlier) == 0))",
+            message="exactly one of caps and renewal: a renewal carries no caps, so delete caps and earlier",
+            at=".caps",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="!has(self.renewal) || self.domain == self.tree",
+            message="a renewal is for a whole tree: write the tree's root as domain",
+            at=".domain",
+        ),
+        Rule(
+            rule="!has(self.earlier) || self.earlier.all(e, e.through < self.epoch)",
+            message="earlier epochs end before the present one: write through below epoch",
+            at=".earlier",
+        ),
+        Rule(
+            rule="!has(self.earlier) || self.earlier.map(e, e.through).isSorted()",
+            message="earlier epochs are listed oldest first: sort them by through",
+            at=".earlier",
+        ),
+    )
+
     domain: Annotated[DomainName, Meta(description="The PowerDomain that this sheet is for.")]
     tree: Annotated[DomainName, Meta(description="The root of that domain's tree.")]
     term: Annotated[int, Meta(ge=1, description="The leadership under which it was written; never falls.")]
@@ -84,5 +160,25 @@ class CapSheet(Resource, frozen=True, kw_only=True):
     PLURAL: ClassVar[str] = "capsheets"
     SHORT: ClassVar[str] = "cs"
     NAMESPACED: ClassVar[bool] = False
+    COLUMNS: ClassVar[tuple[Column, ...]] = (
+        Column(name="Domain", path=".spec.domain"),
+        Column(name="Tree", path=".spec.tree"),
+        Column(name="Term", path=".spec.term", type="integer"),
+        Column(name="Epoch", path=".spec.epoch", type="integer"),
+        Column(name="Renewal", path=".spec.renewal.sequence", type="integer", wide=True),
+        AGE,
+    )
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="has(self.spec.renewal) || self.metadata.name == self.spec.domain",
+            message="a sheet has its domain's name",
+            advice="'a sheet has its domain\\'s name: write metadata.name: ' + self.spec.domain",
+        ),
+        Rule(
+            rule=f"!has(self.spec.renewal) || self.metadata.name == self.spec.tree + '{RENEWAL_SUFFIX}'",
+            message="a renewal has its tree's name and a suffix",
+            advice=f"'a renewal is named after its tree: write metadata.name: ' + self.spec.tree + '{RENEWAL_SUFFIX}'",
+        ),
+    )
 
     spec: CapSheetSpec

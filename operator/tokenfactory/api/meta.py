@@ -11,6 +11,9 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from tokenfactory.api.fields import LabelKey, LabelMap, LabelValue
+from tokenfactory.api.rules import LIST_SET, Column, Rule, list_map
+
 GROUP: Final = "tokenfactory.dev"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"
@@ -18,6 +21,8 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 
 class Api(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """The base of every type that goes over the wire."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = ()
 
 
 class OwnerReference(Api, frozen=True, kw_only=True):
@@ -44,24 +49,43 @@ class ObjectMeta(Api, frozen=True, kw_only=True):
 
 
 class SelectorRequirement(Api, frozen=True, kw_only=True):
-    key: Annotated[str, Meta(max_length=317, description="Label key.")]
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    """One requirement on one label."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="!(self.operator in ['In', 'NotIn']) || (has(self.values) && size(self.values) > 0)",
+            message="In and NotIn need values",
+            advice="self.operator + ' needs values: write values: [...], or use Exists or DoesNotExist'",
+            at=".values",
+            reason="FieldValueRequired",
+        ),
+        Rule(
+            rule="self.operator in ['In', 'NotIn'] || !has(self.values) || size(self.values) == 0",
+            message="Exists and DoesNotExist take no values",
+            advice="self.operator + ' takes no values: delete them, or use In or NotIn'",
+            at=".values",
+            reason="FieldValueForbidden",
+        ),
+    )
+
+    key: Annotated[LabelKey, Meta(description="Label key.")]
+    operator: Annotated[
+        Literal["In", "NotIn", "Exists", "DoesNotExist"],
+        Meta(description="In and NotIn compare with values; Exists and DoesNotExist only look at the key."),
+    ]
     values: Annotated[
-        tuple[Annotated[str, Meta(max_length=63)], ...], Meta(max_length=64, description="For In and NotIn.")
+        tuple[LabelValue, ...],
+        Meta(max_length=32, description="For In and NotIn.", extra_json_schema=LIST_SET),
     ] = ()
 
 
 class LabelSelector(Api, frozen=True, kw_only=True):
     """Kubernetes' own label selector: all of matchLabels and matchExpressions must hold."""
 
-    match_labels: Annotated[
-        dict[
-            Annotated[str, Meta(max_length=317)],
-            Annotated[str, Meta(max_length=63)],
-        ],
-        Meta(max_length=32),
-    ] = {}
-    match_expressions: Annotated[tuple[SelectorRequirement, ...], Meta(max_length=32)] = ()
+    match_labels: Annotated[LabelMap, Meta(description="Labels that must all be there.")] = {}
+    match_expressions: Annotated[
+        tuple[SelectorRequirement, ...], Meta(max_length=16, description="Requirements that must all hold.")
+    ] = ()
 
 
 ConditionStatus = Literal["True", "False", "Unknown"]
@@ -77,7 +101,20 @@ class Condition(Api, frozen=True, kw_only=True, omit_defaults=False):
     last_transition_time: Annotated[
         str, Meta(max_length=40, description="When the status last changed (RFC 3339).")
     ] = ""
-    observed_generation: Annotated[int, Meta(description="The generation it was computed from.")] = 0
+    observed_generation: Annotated[int, Meta(ge=0, description="The generation it was computed from.")] = 0
+
+
+Conditions = Annotated[
+    tuple[Condition, ...],
+    Meta(
+        max_length=16,
+        description="What holds and what does not, each with its reason; `kubectl wait --for=condition=…` waits for one.",
+        extra_json_schema=list_map("type"),
+    ),
+]
+ObservedGeneration = Annotated[
+    int, Meta(ge=0, description="The generation of the spec that this status was computed from.")
+]
 
 
 class Resource(Api, frozen=True, kw_only=True):
@@ -87,6 +124,7 @@ class Resource(Api, frozen=True, kw_only=True):
     PLURAL: ClassVar[str]
     SHORT: ClassVar[str]
     NAMESPACED: ClassVar[bool]
+    COLUMNS: ClassVar[tuple[Column, ...]]
 
     api_version: str = API_VERSION
     kind: str = ""

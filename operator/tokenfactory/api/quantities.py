@@ -15,12 +15,18 @@ from typing import Final, NewType
 Milliwatts = NewType("Milliwatts", int)
 Milliseconds = NewType("Milliseconds", int)
 
-POWER_PATTERN: Final = r"^(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?(W|kW|MW|GW)$"
-PERCENT_PATTERN: Final = r"^(0|[1-9][0-9]{0,2})(\.[0-9]{1,3})?%$"
-POWER_OR_PERCENT_PATTERN: Final = (
-    r"^((0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?(W|kW|MW|GW)|(0|[1-9][0-9]{0,2})(\.[0-9]{1,3})?%)$"
+# Forms and sizes are bounded so that all values are exact in milliwatts and milliseconds, fit 64 bits, and mean the
+# same to CEL: `duration()` reads a SHORT_DURATION, `quantity()` a power without its W.
+_POWER_FORM: Final = (
+    r"(0|[1-9][0-9]{0,8})(\.[0-9]{1,3})?W|(0|[1-9][0-9]{0,8})(\.[0-9]{1,6})?kW"
+    r"|(0|[1-9][0-9]{0,5})(\.[0-9]{1,9})?MW|(0|[1-9][0-9]{0,2})(\.[0-9]{1,12})?GW"
 )
-DURATION_PATTERN: Final = r"^([1-9][0-9]{0,8}(ms|s|m|h|d))+$"
+_PERCENT_FORM: Final = r"(0|[1-9][0-9]{0,2})(\.[0-9]{1,3})?%"
+POWER_PATTERN: Final = f"^({_POWER_FORM})$"
+PERCENT_PATTERN: Final = f"^({_PERCENT_FORM})$"
+POWER_OR_PERCENT_PATTERN: Final = f"^({_POWER_FORM}|{_PERCENT_FORM})$"
+DURATION_PATTERN: Final = r"^([1-9][0-9]{0,6}(ms|s|m)|[1-9][0-9]{0,3}(h|d))+$"
+SHORT_DURATION_PATTERN: Final = r"^([1-9][0-9]{0,6}(ms|s|m)|[1-9][0-9]{0,3}h)+$"
 DECIMAL_PATTERN: Final = r"^(0|[1-9][0-9]{0,11})(\.[0-9]{1,9})?$"
 
 _MILLIWATTS_PER: Final = {"W": 10**3, "kW": 10**6, "MW": 10**9, "GW": 10**12}
@@ -37,7 +43,7 @@ class QuantityError(ValueError):
 
 
 def parse_power(text: str) -> Milliwatts:
-    if not _POWER.match(text):
+    if not _POWER.fullmatch(text):
         raise QuantityError(
             f"{text!r} is not a power: write a number and W, kW, MW or GW, such as 700W or 1.2MW"
         )
@@ -64,7 +70,7 @@ def is_percent(text: str) -> bool:
 
 def parse_percent(text: str) -> Fraction:
     """`75%` is 3/4."""
-    if not _PERCENT.match(text):
+    if not _PERCENT.fullmatch(text):
         raise QuantityError(f"{text!r} is not a percentage: write for example 75% or 2.5%")
     return Fraction(text[:-1]) / 100
 
@@ -77,7 +83,7 @@ def parse_power_or_percent(text: str, whole: Milliwatts) -> Milliwatts:
 
 
 def parse_duration(text: str) -> Milliseconds:
-    if not _DURATION.match(text):
+    if not _DURATION.fullmatch(text):
         raise QuantityError(f"{text!r} is not a duration: write for example 500ms, 15s, 5m, 1h30m or 7d")
     return Milliseconds(sum(int(n) * _MILLISECONDS_PER[unit] for n, unit in _DURATION_PART.findall(text)))
 
@@ -96,7 +102,7 @@ def format_duration(duration: Milliseconds) -> str:
 
 
 def parse_decimal(text: str) -> Decimal:
-    if not _DECIMAL.match(text):
+    if not _DECIMAL.fullmatch(text):
         raise QuantityError(f'{text!r} is not a decimal: write it as text in quotes, such as "3.5"')
     return Decimal(text)
 

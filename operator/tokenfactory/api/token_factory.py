@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from tokenfactory.api.fields import DecimalText, DomainName, DurationText, PowerOrPercentText, Timestamp
-from tokenfactory.api.meta import Api, Condition, Resource
+from tokenfactory.api.fields import (
+    DomainName,
+    DurationText,
+    LabelMap,
+    LatencyText,
+    LimitText,
+    ModelName,
+    ObjectName,
+    PositiveDecimalText,
+    Timestamp,
+    bounded_duration,
+)
+from tokenfactory.api.meta import Api, Conditions, ObservedGeneration, Resource
 from tokenfactory.api.power_domain import Waiting
+from tokenfactory.api.quantities import SHORT_DURATION_PATTERN
+from tokenfactory.api.rules import AGE, LIST_SET, Column, Rule, condition_column, list_map, matches, text
+
+FACTORY_NAME_LENGTH: Final = 40
+WORKLOAD_NAME_LENGTH: Final = 52
+"""`<factory>-<model>` names a Deployment and a Service (63 at most); what their controllers append needs the rest."""
 
 
 class FactoryPower(Api, frozen=True, kw_only=True):
+    """Where the watts come from."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="self.domain == oldSelf.domain",
+            message="the domain of a factory cannot be changed",
+            advice="'the domain cannot be changed from ' + oldSelf.domain + ' to ' + self.domain"
+            " + ': make a new TokenFactory there and delete this one once it serves'",
+            at=".domain",
+            reason="FieldValueForbidden",
+        ),
+    )
+
     domain: Annotated[DomainName, Meta(description="The PowerDomain whose nodes may serve this factory.")]
     budget: Annotated[
-        PowerOrPercentText | None,
+        LimitText | None,
         Meta(
             description="This factory's own ceiling; a percentage is of the domain's limit; absent: the domain's."
         ),
@@ -25,7 +55,7 @@ class Efficiency(Api, frozen=True, kw_only=True):
     """The token-per-watt target: a constraint, while tokens per second are the objective."""
 
     tokens_per_joule: Annotated[
-        DecimalText, Meta(description='Generated tokens per joule to reach, such as "3.5".')
+        PositiveDecimalText, Meta(description='Generated tokens per joule to reach, such as "3.5".')
     ]
     scope: Annotated[
         Literal["GPU", "Node", "Facility"],
@@ -34,90 +64,230 @@ class Efficiency(Api, frozen=True, kw_only=True):
 
 
 class EnvVar(Api, frozen=True, kw_only=True):
-    name: Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-    value: Annotated[str, Meta(max_length=4096)] = ""
+    """One environment variable of the model's container."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="self.name != 'NGC_API_KEY'",
+            message="a key does not belong in a manifest: put NGC_API_KEY in a Secret and name it in nim.authSecret",
+            at=".name",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="self.name != 'NIM_MODEL_PROFILE'",
+            message="the operator sets NIM_MODEL_PROFILE: write nim.profile instead",
+            at=".name",
+            reason="FieldValueForbidden",
+        ),
+    )
+
+    name: Annotated[
+        str,
+        text(
+            r"^[A-Za-z_][A-Za-z0-9_]*$",
+            what="the name of an environment variable",
+            write="letters, digits and underscores, such as NIM_LOG_LEVEL",
+            max_length=128,
+            description="Its name.",
+        ),
+    ]
+    value: Annotated[str, Meta(max_length=4096, description="Its value.")] = ""
+
+
+_WITH_DIGEST: Final = r"^[A-Za-z0-9][^\s@]*@sha256:[0-9a-f]{64}$"
+_WITH_TAG: Final = r"^[A-Za-z0-9][^\s@]*:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
 
 
 class Nim(Api, frozen=True, kw_only=True):
     """The NVIDIA NIM image that serves the model."""
 
-    image: Annotated[str, Meta(min_length=1, max_length=512, description="Image with tag or digest.")]
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule=f"{matches(_WITH_DIGEST, 'self.image')}"
+            f" || ({matches(_WITH_TAG, 'self.image')} && !self.image.endsWith(':latest'))",
+            message="an image needs a tag other than latest, or a digest",
+            advice='"\'" + self.image + "\' may be another image tomorrow:'
+            " write a tag other than latest, such as nvcr.io/nim/meta/llama-3.3-70b-instruct:1.8.0,"
+            ' or a digest @sha256:..."',
+            at=".image",
+        ),
+    )
+
+    image: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=512,
+            description="Image with a tag other than latest, or with a digest: what is measured must stay the same.",
+        ),
+    ]
     auth_secret: Annotated[
-        Annotated[str, Meta(max_length=253)] | None,
+        ObjectName | None,
         Meta(description="Secret with NGC_API_KEY, in the factory's namespace."),
     ] = None
-    pull_secrets: Annotated[tuple[Annotated[str, Meta(max_length=253)], ...], Meta(max_length=8)] = ()
+    pull_secrets: Annotated[
+        tuple[ObjectName, ...],
+        Meta(
+            max_length=8,
+            description="Secrets for pulling the image, in the factory's namespace.",
+            extra_json_schema=LIST_SET,
+        ),
+    ] = ()
     profile: Annotated[
         Annotated[str, Meta(max_length=253)] | None,
         Meta(description="NIM_MODEL_PROFILE; absent: NIM chooses."),
     ] = None
-    env: Annotated[tuple[EnvVar, ...], Meta(max_length=64, description="Further environment variables.")] = ()
+    env: Annotated[
+        tuple[EnvVar, ...],
+        Meta(
+            max_length=32,
+            description="Further environment variables.",
+            extra_json_schema=list_map("name"),
+        ),
+    ] = ()
 
 
 class Replicas(Api, frozen=True, kw_only=True):
+    """How many copies of the model may run; the operator runs as few as the SLO and the traffic allow."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="self.min <= self.max",
+            message="min must be at most max",
+            advice="'min %d is more than max %d: write max: %d or a smaller min'"
+            ".format([self.min, self.max, self.min])",
+            at=".min",
+        ),
+    )
+
     min: Annotated[
         int, Meta(ge=0, le=10000, description="0: may scale to zero when there is no traffic.")
     ] = 1
-    max: Annotated[int, Meta(ge=1, le=10000)] = 1
+    max: Annotated[int, Meta(ge=1, le=10000, description="The most that may run at once.")] = 1
 
 
 class Slo(Api, frozen=True, kw_only=True):
     """Latencies that hold; a model is never throttled below them while lower bands still have watts."""
 
-    time_to_first_token: Annotated[DurationText | None, Meta(description="95th percentile.")] = None
-    inter_token_latency: Annotated[DurationText | None, Meta(description="95th percentile.")] = None
+    time_to_first_token: Annotated[
+        LatencyText | None,
+        Meta(description="From request to first token, 95th percentile, such as 500ms; 10m at most."),
+    ] = None
+    inter_token_latency: Annotated[
+        LatencyText | None,
+        Meta(description="Between two tokens of an answer, 95th percentile, such as 50ms; 10m at most."),
+    ] = None
 
 
 class CheckpointPolicy(Api, frozen=True, kw_only=True):
+    """What is saved of a running model so that its replacement starts fast."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="self.strategy != 'ProcessImage' || has(self.claim)",
+            message="ProcessImage needs a claim: name a PersistentVolumeClaim, as an image on a dead node is worth nothing",
+            at=".claim",
+            reason="FieldValueRequired",
+        ),
+        Rule(
+            rule="self.strategy != 'HotSpare' || !has(self.claim)",
+            message="HotSpare saves no files: delete claim, or use strategy WarmCache",
+            at=".claim",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule=f"!{matches(SHORT_DURATION_PATTERN, 'self.every')} || duration(self.every) >= duration('1m')",
+            message="every must be at least 1m",
+            advice="'every ' + self.every + ' would do nothing but capture: write at least 1m, such as 30m'",
+            at=".every",
+        ),
+    )
+
     strategy: Annotated[
         Literal["WarmCache", "ProcessImage", "HotSpare"],
         Meta(
             description="WarmCache: weights and engines. ProcessImage: one GPU, probed. HotSpare: costs standby watts."
         ),
     ] = "WarmCache"
-    every: Annotated[DurationText, Meta(description="How often a new state is captured.")] = "30m"
+    every: Annotated[
+        DurationText, Meta(description="How often a new state is captured, at least 1m, such as 30m or 1d.")
+    ] = "30m"
     keep: Annotated[int, Meta(ge=1, le=100, description="How many are kept; the last good one always.")] = 3
     claim: Annotated[
-        Annotated[str, Meta(max_length=253)] | None,
-        Meta(description="PersistentVolumeClaim that holds them."),
+        ObjectName | None,
+        Meta(description="PersistentVolumeClaim that holds them; absent: each node's own disk."),
     ] = None
 
 
 class ModelSpec(Api, frozen=True, kw_only=True):
-    name: Annotated[
-        str,
-        Meta(
-            pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
-            max_length=40,
-            description="Unique within the factory.",
+    """One model to serve: what, how often, how fast and how important."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule="self.checkpoint.strategy != 'ProcessImage'"
+            " || (self.gpusPerReplica == 1 && self.nodesPerReplica == 1)",
+            message="ProcessImage works with one GPU only",
+            advice="'ProcessImage works with one GPU only, and a replica has %d: write strategy: WarmCache'"
+            ".format([self.gpusPerReplica * self.nodesPerReplica])",
+            at=".checkpoint",
         ),
-    ]
-    nim: Nim
+        Rule(
+            rule="self.checkpoint.strategy != 'HotSpare' || self.nodesPerReplica == 1",
+            message="a HotSpare lies on one node: write strategy: WarmCache, or nodesPerReplica: 1",
+            at=".checkpoint",
+        ),
+        Rule(
+            rule="self.checkpoint.strategy != 'HotSpare' || self.replicas.max > self.replicas.min",
+            message="a HotSpare is one replica more: write replicas.max above replicas.min",
+            advice="'a HotSpare is one replica more than min: write replicas.max: %d or more'"
+            ".format([self.replicas.min + 1])",
+            at=".replicas.max",
+        ),
+    )
+
+    name: Annotated[ModelName, Meta(description="Unique within the factory.")]
+    nim: Annotated[Nim, Meta(description="The NVIDIA NIM image that serves it.")]
     gpus_per_replica: Annotated[
         int, Meta(ge=1, le=32, description="GPUs of one replica on each of its nodes.")
     ] = 1
     nodes_per_replica: Annotated[
         int, Meta(ge=1, le=64, description="More than 1: a LeaderWorkerSet, where its CRD is installed.")
     ] = 1
-    replicas: Replicas = Replicas()
+    replicas: Annotated[
+        Replicas,
+        Meta(
+            description="How many copies may run; the operator runs as few as the SLO and the traffic allow."
+        ),
+    ] = Replicas()
     band: Annotated[
         int, Meta(ge=0, le=1000, description="Priority: shortages are taken from the lowest band first.")
     ] = 100
     value_per_million_tokens: Annotated[
-        DecimalText, Meta(description="What a million generated tokens are worth, against the other models.")
+        PositiveDecimalText,
+        Meta(description="What a million generated tokens are worth, against the other models."),
     ] = "1"
-    slo: Slo = Slo()
-    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    slo: Annotated[
+        Slo,
+        Meta(
+            description="Latencies that hold; never throttled below them while lower bands still have watts."
+        ),
+    ] = Slo()
+    checkpoint: Annotated[
+        CheckpointPolicy, Meta(description="What is saved so that a replacement starts fast.")
+    ] = CheckpointPolicy()
     power_profile: Annotated[
-        Annotated[str, Meta(max_length=253)] | None,
+        ObjectName | None,
         Meta(description="A PowerProfile to begin with; absent: matched, else the catalogue."),
     ] = None
 
 
 class Recovery(Api, frozen=True, kw_only=True):
-    detect_after: Annotated[DurationText, Meta(description="Silence after which a node counts as lost.")] = (
-        "15s"
-    )
+    """What happens when a node is lost."""
+
+    detect_after: Annotated[
+        Annotated[str, bounded_duration("1s", "10m")],
+        Meta(description="Silence after which a node counts as lost, from 1s to 10m."),
+    ] = "15s"
     max_concurrent: Annotated[int, Meta(ge=1, le=1000, description="Recoveries that may start at once.")] = 4
     quarantine_after: Annotated[
         int, Meta(ge=1, le=100, description="Failures of a node until it gets no new work.")
@@ -125,25 +295,41 @@ class Recovery(Api, frozen=True, kw_only=True):
 
 
 class TokenFactorySpec(Api, frozen=True, kw_only=True):
-    power: FactoryPower
+    """What to serve, within which watts, how efficiently and how fast."""
+
+    power: Annotated[FactoryPower, Meta(description="Where the watts come from.")]
     efficiency: Annotated[
         Efficiency | None, Meta(description="Absent: as many tokens as the watts can buy.")
     ] = None
     node_selector: Annotated[
-        dict[Annotated[str, Meta(max_length=317)], Annotated[str, Meta(max_length=63)]],
-        Meta(max_length=32, description="Nodes that may serve; all of these labels."),
+        LabelMap,
+        Meta(description="Nodes that may serve: those with all of these labels."),
     ] = {}
-    models: Annotated[tuple[ModelSpec, ...], Meta(min_length=1, max_length=64)]
-    recovery: Recovery = Recovery()
+    models: Annotated[
+        tuple[ModelSpec, ...],
+        Meta(
+            min_length=1,
+            max_length=64,
+            description="The models to serve. Each becomes a Deployment (nodesPerReplica above 1: a LeaderWorkerSet)"
+            " whose pods start once their watts are in the ledger. When watts are short, the lowest band gives"
+            " first; within a band they go where a watt buys the most value.",
+            extra_json_schema=list_map("name"),
+        ),
+    ]
+    recovery: Annotated[Recovery, Meta(description="What happens when a node is lost.")] = Recovery()
 
 
 class ModelStatus(Api, frozen=True, kw_only=True):
-    name: Annotated[str, Meta(max_length=40)]
-    desired: int = 0
-    ready: int = 0
-    tokens_per_second: Annotated[str, Meta(max_length=24)] = ""
-    tokens_per_joule: Annotated[str, Meta(max_length=24)] = ""
-    charge: Annotated[str, Meta(max_length=24)] = ""
+    """One model as it runs now."""
+
+    name: Annotated[str, Meta(max_length=40, description="The model.")]
+    desired: Annotated[int, Meta(ge=0, description="Replicas that the operator wants now.")] = 0
+    ready: Annotated[int, Meta(ge=0, description="Replicas that serve.")] = 0
+    tokens_per_second: Annotated[str, Meta(max_length=24, description="Generated now.")] = ""
+    tokens_per_joule: Annotated[str, Meta(max_length=24, description="Generated per joule, last window.")] = (
+        ""
+    )
+    charge: Annotated[str, Meta(max_length=24, description="The most that its GPUs may be drawing.")] = ""
     cap: Annotated[str, Meta(max_length=64, description="Watts per GPU, a range where domains differ.")] = ""
     bound_by: Annotated[str, Meta(max_length=253, description="What its cap is bound by.")] = ""
 
@@ -151,32 +337,51 @@ class ModelStatus(Api, frozen=True, kw_only=True):
 class Incident(Api, frozen=True, kw_only=True):
     """One failure, from detection to tokens flowing again; each step is recorded before it is taken."""
 
-    id: Annotated[str, Meta(max_length=96)]
-    node: Annotated[str, Meta(max_length=253)]
-    model: Annotated[str, Meta(max_length=40)]
+    id: Annotated[str, Meta(max_length=96, description="Its own name, never used again.")]
+    node: Annotated[str, Meta(max_length=253, description="The node that failed.")]
+    model: Annotated[str, Meta(max_length=40, description="The model that lost a replica.")]
     pod: Annotated[str, Meta(max_length=253, description="The replica that was lost.")] = ""
-    phase: Literal["Detected", "Routed", "Charged", "Restoring", "Verified", "Closed"]
-    cause: Annotated[str, Meta(max_length=512)] = ""
-    replacement: Annotated[str, Meta(max_length=253)] = ""
+    phase: Annotated[
+        Literal["Detected", "Routed", "Charged", "Restoring", "Verified", "Closed"],
+        Meta(description="How far it has come."),
+    ]
+    cause: Annotated[str, Meta(max_length=512, description="What was seen.")] = ""
+    replacement: Annotated[str, Meta(max_length=253, description="The pod that takes its place.")] = ""
     restored_from: Annotated[
         str, Meta(max_length=253, description="The checkpoint, or empty: a cold start.")
     ] = ""
-    detected_at: Timestamp = ""
-    phase_at: Timestamp = ""
+    detected_at: Annotated[Timestamp, Meta(description="When it was detected (RFC 3339).")] = ""
+    phase_at: Annotated[Timestamp, Meta(description="When it came to this phase (RFC 3339).")] = ""
 
 
 class TokenFactoryStatus(Api, frozen=True, kw_only=True):
-    observed_generation: int = 0
-    conditions: Annotated[tuple[Condition, ...], Meta(max_length=16)] = ()
+    """What the factory makes now and what it costs in watts."""
+
+    observed_generation: ObservedGeneration = 0
+    conditions: Conditions = ()
     budget: Annotated[str, Meta(max_length=24, description="What it may draw now.")] = ""
     charge: Annotated[str, Meta(max_length=24, description="The most it may be drawing.")] = ""
     draw: Annotated[str, Meta(max_length=24, description="What its GPUs measure.")] = ""
-    tokens_per_second: Annotated[str, Meta(max_length=24)] = ""
-    tokens_per_joule: Annotated[str, Meta(max_length=24)] = ""
+    tokens_per_second: Annotated[str, Meta(max_length=24, description="Generated now, all models.")] = ""
+    tokens_per_joule: Annotated[
+        str, Meta(max_length=24, description="Generated per joule, last window, in the target's scope.")
+    ] = ""
     ready: Annotated[str, Meta(max_length=24, description="Replicas ready of desired, such as 3/4.")] = ""
-    models: Annotated[tuple[ModelStatus, ...], Meta(max_length=64)] = ()
-    waiting: Annotated[tuple[Waiting, ...], Meta(max_length=16)] = ()
-    incidents: Annotated[tuple[Incident, ...], Meta(max_length=64)] = ()
+    models: Annotated[
+        tuple[ModelStatus, ...],
+        Meta(max_length=64, description="Each model as it runs now.", extra_json_schema=list_map("name")),
+    ] = ()
+    waiting: Annotated[
+        tuple[Waiting, ...], Meta(max_length=16, description="What cannot happen yet, and what it waits for.")
+    ] = ()
+    incidents: Annotated[
+        tuple[Incident, ...],
+        Meta(
+            max_length=64,
+            description="Failures being recovered from, and the last that were.",
+            extra_json_schema=list_map("id"),
+        ),
+    ] = ()
 
 
 class TokenFactory(Resource, frozen=True, kw_only=True):
@@ -186,6 +391,37 @@ class TokenFactory(Resource, frozen=True, kw_only=True):
     PLURAL: ClassVar[str] = "tokenfactories"
     SHORT: ClassVar[str] = "tf"
     NAMESPACED: ClassVar[bool] = True
+    COLUMNS: ClassVar[tuple[Column, ...]] = (
+        Column(name="Domain", path=".spec.power.domain"),
+        Column(name="Replicas", path=".status.ready"),
+        Column(name="Budget", path=".status.budget"),
+        Column(name="Charge", path=".status.charge"),
+        Column(name="Draw", path=".status.draw"),
+        Column(name="Tokens/s", path=".status.tokensPerSecond"),
+        Column(name="Tokens/J", path=".status.tokensPerJoule"),
+        condition_column("Ready"),
+        condition_column("WithinBudget", wide=True),
+        condition_column("EfficiencyMet", wide=True),
+        condition_column("SLOMet", wide=True),
+        condition_column("Recovered", wide=True),
+        AGE,
+    )
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            rule=matches(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "self.metadata.name")
+            + f" && size(self.metadata.name) <= {FACTORY_NAME_LENGTH}",
+            message="not the name of a TokenFactory",
+            advice='"\'" + self.metadata.name + "\' is not the name of a TokenFactory:'
+            f' write at most {FACTORY_NAME_LENGTH} lower-case letters, digits and dashes, no dots"',
+        ),
+        Rule(
+            rule="self.spec.models.all(m, size(self.metadata.name) + 1 + size(m.name)"
+            f" <= {WORKLOAD_NAME_LENGTH})",
+            message="the names are too long together",
+            advice='"\'" + self.metadata.name + "-\' and the name of a model name its workload and Service:'
+            f' write names of at most {WORKLOAD_NAME_LENGTH - 1} characters together"',
+        ),
+    )
 
     spec: TokenFactorySpec
     status: TokenFactoryStatus = TokenFactoryStatus()
