@@ -15,7 +15,7 @@ import msgspec
 
 from tokenfactory.api.meta import Api, Resource
 from tokenfactory.kube.client import APPLY, Client, Guard
-from tokenfactory.kube.errors import ConflictError, NotFoundError
+from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError
 from tokenfactory.kube.resources import Key, body_of, collection_path, key_of, object_path
 
 FIELD_MANAGER: Final = "tokenfactory"
@@ -213,7 +213,19 @@ class Writer:
             return Refused(str(conflict))
         except NotFoundError as missing:
             return Refused(str(missing), missing=True)
+        except ApiError as error:
+            if _is_another(error):
+                return Refused(str(error))
+            raise
         return Written(msgspec.json.decode(answer, type=kind))
+
+
+def _is_another(error: ApiError) -> bool:
+    """An apply with the uid of a predecessor is not answered with a conflict, but as an invalid change of the uid."""
+    details = error.status.details
+    return (
+        error.code == 422 and details is not None and any(c.field == "metadata.uid" for c in details.causes)
+    )
 
 
 @dataclass(frozen=True, slots=True)

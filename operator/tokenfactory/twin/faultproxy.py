@@ -185,7 +185,9 @@ class FaultProxy:
     def kubeconfig(self, folder: Path, *, token_file: Path | None = None) -> Path:
         """A kubeconfig for this proxy, with the upstream's identity or with a token."""
         user = {} if token_file is None else {"tokenFile": str(token_file)}
-        path = folder / "proxied.kubeconfig"
+        path = folder / (
+            "proxied.kubeconfig" if token_file is None else f"proxied-{token_file.name}.kubeconfig"
+        )
         named = {
             "clusters": [{"name": "proxy", "cluster": {"server": self.url}}],
             "users": [{"name": "proxy", "user": user}],

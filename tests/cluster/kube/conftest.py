@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import ClassVar
 
@@ -33,6 +33,16 @@ def quick() -> Backoff:
     return Backoff(0.01, 0.1)
 
 
+async def until(holds: Callable[[], bool | Awaitable[bool]], seconds: float = 20.0) -> None:
+    """Return once `holds()` is true; a test that waits in vain fails after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = holds()
+            if await answer if isinstance(answer, Awaitable) else answer:
+                return
+            await asyncio.sleep(0.01)
+
+
 class Follower:
     """A cache whose handler keeps its own copy: only if nothing is lost or told twice do the two stay equal."""
 
@@ -40,7 +50,6 @@ class Follower:
         self.cache = cache
         self.copy: dict[Key, Resource] = {}
         self.versions: list[int] = []
-        self.stirred = asyncio.Event()
         cache.on_change(self.note)
 
     def note(self, change: Change) -> None:
@@ -52,17 +61,6 @@ class Follower:
         else:
             self.copy[change.key] = change.new
             self.versions.append(int(change.new.metadata.resource_version))
-        self.stirred.set()
-
-    async def until(self, holds: Callable[[], bool], seconds: float = 20.0) -> None:
-        async with asyncio.timeout(seconds):
-            while not holds():
-                self.stirred.clear()
-                try:
-                    async with asyncio.timeout(0.05):
-                        await self.stirred.wait()
-                except TimeoutError:
-                    continue
 
     def data(self, name: str) -> dict[str, str] | None:
         held = next((obj for (_, held_name), obj in self.copy.items() if held_name == name), None)

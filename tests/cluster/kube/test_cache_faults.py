@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from tests.cluster.kube.conftest import until
 
 from tokenfactory.twin.faultproxy import Answer, Cut, Inject, Stall, expired_line, lists, watches
 
@@ -104,7 +105,7 @@ async def test_deletions_during_a_lost_history_are_noticed(proxy, maps, follow):
     proxy.drop_connections()
     await maps.delete("doomed")
     await maps.put("new", value="1")
-    await follower.until(lambda: follower.data("doomed") is None and follower.data("new") == {"value": "1"})
+    await until(lambda: follower.data("doomed") is None and follower.data("new") == {"value": "1"})
     assert follower.cache.stats.lists == 2
     assert follower.data("spared") == {"value": "1"}
 
@@ -129,7 +130,7 @@ async def test_after_lost_history_handlers_see_the_whole_new_state(proxy, maps, 
     proxy.drop_connections()
     for name in ("c", "a", "b"):
         await maps.put(name, value="2")
-    await follower.until(lambda: len(seen) == 3)
+    await until(lambda: len(seen) == 3)
     assert seen == [{"2"}] * 3
     assert follower.versions[-3:] == sorted(follower.versions[-3:])
 
@@ -139,7 +140,7 @@ async def test_two_silent_watches_lead_to_a_fresh_list(proxy, maps, follow):
     proxy.inject(Stall(watches, times=2))
     follower = follow(stalled_after_seconds=0.5)
     await asyncio.wait_for(follower.cache.synced(), 20)
-    await follower.until(lambda: follower.cache.stats.lists == 2)
+    await until(lambda: follower.cache.stats.lists == 2)
     assert follower.cache.stats.stalls >= 2
     await converge(follower, maps)
 
