@@ -1,0 +1,212 @@
+"""From measured points to what a class can sell: the upper hull of tokens over watts.
+
+Real profiles are flat and then fall off a cliff. Below the knee they are not concave: the hull bridges that
+stretch, and a bridge (a *chord*) is no place for a GPU to be: a share of the replicas is parked instead.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tokenfactory.planning.power.goods import PowerClass
+
+# Points this close below the hull count as on it: they are as good, and measurements are not exact.
+_ON_HULL = 0.995
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement, per GPU."""
+
+    milliwatts: int
+    """The cap."""
+    tokens_per_second: float
+    concurrency: int = 1
+    """Requests that one replica serves at once."""
+    inter_token_milliseconds: float | None = None
+    first_token_milliseconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What is asked of a model: latencies, and how many requests a replica has to serve at once."""
+
+    inter_token_milliseconds: float | None = None
+    first_token_milliseconds: float | None = None
+    concurrency: int | None = None
+    """The load per replica; None: as much as it can take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hull:
+    """What a GPU makes of its watts, for one requirement."""
+
+    milliwatts: tuple[int, ...]
+    """Rising; the first is NVML's minimum."""
+    tokens: tuple[float, ...]
+    floor: int
+    """Index of the SLO floor: the lowest cap that still keeps the latency; 0 when none is asked."""
+    chords: tuple[bool, ...]
+    knee: int
+    """Index of the point with the most tokens per joule."""
+    meets_slo: bool
+    """False when no measured point keeps the latency, at whatever watts."""
+
+    def to_class(
+        self,
+        name: str,
+        *,
+        band: int,
+        value_per_token: float = 1.0,
+        factory: str = "",
+        gpus_per_replica: int = 1,
+        min_replicas: int = 0,
+        idle_milliwatts: int = 0,
+    ) -> PowerClass:
+        return PowerClass(
+            name=name,
+            band=band,
+            milliwatts=self.milliwatts,
+            tokens=self.tokens,
+            value_per_token=value_per_token,
+            floor=self.floor,
+            factory=factory,
+            chords=self.chords,
+            gpus_per_replica=gpus_per_replica,
+            min_replicas=min_replicas,
+            idle_milliwatts=idle_milliwatts,
+        )
+
+
+def parked(minimum_milliwatts: int) -> Hull:
+    """The alternative to running: NVML's minimum and no tokens."""
+    return Hull((minimum_milliwatts,), (0.0,), 0, (), 0, meets_slo=True)
+
+
+def unknown(minimum_milliwatts: int, maximum_milliwatts: int) -> Hull:
+    """What is assumed of a model nobody measured: tokens in proportion to watts, all the way.
+
+    That claims no knee: such a class is neither parked nor throttled for an efficiency that may not exist.
+    """
+    if maximum_milliwatts <= minimum_milliwatts:
+        return parked(minimum_milliwatts)
+    tokens = (float(minimum_milliwatts) / 1000, float(maximum_milliwatts) / 1000)
+    return Hull((minimum_milliwatts, maximum_milliwatts), tokens, 0, (False,), 1, meets_slo=True)
+
+
+def hull_of(
+    points: Iterable[Point],
+    requirement: Requirement,
+    *,
+    minimum_milliwatts: int,
+    maximum_milliwatts: int,
+    gpus_per_replica: int = 1,
+) -> Hull:
+    """The hull for one requirement, between the limits that NVML reports."""
+    sound = [p for p in points if p.milliwatts > 0 and p.tokens_per_second >= 0]
+    loaded = _at_load(sound, requirement.concurrency)
+    if not loaded or maximum_milliwatts <= minimum_milliwatts:
+        return unknown(minimum_milliwatts, maximum_milliwatts)
+    keeping = [p for p in loaded if _keeps(p, requirement, gpus_per_replica)]
+    asked = (
+        requirement.inter_token_milliseconds is not None or requirement.first_token_milliseconds is not None
+    )
+    meets = bool(keeping)
+    curve = _curve(keeping or loaded, minimum_milliwatts, maximum_milliwatts)
+    if not asked or not meets:
+        return _finish(curve, None, meets_slo=meets)
+    floor = max(min(p.milliwatts for p in keeping), minimum_milliwatts)
+    floor = min(maximum_milliwatts, floor)
+    below = _curve(loaded, minimum_milliwatts, maximum_milliwatts)
+    kept = [(w, t) for w, t in curve if w >= floor] or [(floor, curve[-1][1])]
+    start = (minimum_milliwatts, min(below[0][1], kept[0][1]))
+    if kept[0][0] == minimum_milliwatts:
+        return _finish(kept, None, meets_slo=True)
+    return _finish([start, *kept], 1, meets_slo=True)
+
+
+def _at_load(points: list[Point], concurrency: int | None) -> list[Point]:
+    """Points a replica with that load can be at: a replica never serves more at once than it is sent."""
+    if concurrency is None or not points:
+        return points
+    least = min(p.concurrency for p in points)
+    return [p for p in points if p.concurrency <= max(concurrency, least)]
+
+
+def _keeps(point: Point, requirement: Requirement, gpus_per_replica: int) -> bool:
+    inter = point.inter_token_milliseconds
+    if inter is None and point.tokens_per_second > 0:
+        # Each of the requests in flight gets its share of the replica's tokens.
+        inter = 1000 * point.concurrency / (point.tokens_per_second * gpus_per_replica)
+    wanted = requirement.inter_token_milliseconds
+    if wanted is not None and (inter is None or inter > wanted):
+        return False
+    first = requirement.first_token_milliseconds
+    return first is None or point.first_token_milliseconds is None or point.first_token_milliseconds <= first
+
+
+def _curve(points: list[Point], minimum: int, maximum: int) -> list[tuple[int, float]]:
+    """Best tokens at each cap, never falling with more watts, cut to NVML's limits."""
+    best: dict[int, float] = {}
+    for point in points:
+        best[point.milliwatts] = max(best.get(point.milliwatts, 0.0), point.tokens_per_second)
+    rising: list[tuple[int, float]] = []
+    for watts in sorted(best):
+        rising.append((watts, max(best[watts], rising[-1][1] if rising else 0.0)))
+    inside = [(w, t) for w, t in rising if minimum < w < maximum]
+    # Nothing is known below the lowest point: it is taken for the foot of the cliff.
+    start = (minimum, _interpolate(rising, minimum) if rising[0][0] <= minimum else 0.0)
+    return [start, *inside, (maximum, _interpolate(rising, maximum))]
+
+
+def _interpolate(curve: list[tuple[int, float]], watts: int) -> float:
+    if watts <= curve[0][0]:
+        return curve[0][1]
+    for (w0, t0), (w1, t1) in pairwise(curve):
+        if watts <= w1:
+            return t0 + (t1 - t0) * (watts - w0) / (w1 - w0)
+    return curve[-1][1]
+
+
+def _finish(curve: list[tuple[int, float]], floor: int | None, *, meets_slo: bool) -> Hull:
+    """The hull above the floor; the stretch below it, if there is one, stays a single piece."""
+    first = floor or 0
+    kept = _upper_hull(curve[first:])
+    hull = curve[:first] + kept
+    chords = [True] * first + [_is_chord(curve[first:], a, b) for a, b in pairwise(kept)]
+    per_joule = [t / w for w, t in hull]
+    return Hull(
+        milliwatts=tuple(w for w, _ in hull),
+        tokens=tuple(t for _, t in hull),
+        floor=first,
+        chords=tuple(chords),
+        knee=max(range(len(hull)), key=lambda i: (per_joule[i], -i)),
+        meets_slo=meets_slo,
+    )
+
+
+def _upper_hull(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    top = max(t for _, t in curve)
+    hull: list[tuple[int, float]] = []
+    for point in curve:
+        while len(hull) >= 2 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+        if point[1] >= top:
+            break  # more watts bring no more tokens
+    return hull
+
+
+def _turns_up(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
+    return (b[1] - a[1]) * (c[0] - b[0]) <= (c[1] - b[1]) * (b[0] - a[0])
+
+
+def _is_chord(curve: list[tuple[int, float]], a: tuple[int, float], b: tuple[int, float]) -> bool:
+    """Whether the measured curve runs clearly below the straight line between two points of the hull."""
+    for watts, tokens in curve:
+        if a[0] < watts < b[0]:
+            line = a[1] + (b[1] - a[1]) * (watts - a[0]) / (b[0] - a[0])
+            if tokens < _ON_HULL * line:
+                return True
+    # From no tokens at all up to the first measured point there is a cliff somewhere.
+    return a[1] == 0 and b[1] > 0
