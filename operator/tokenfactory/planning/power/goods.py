@@ -13,6 +13,7 @@ exactly the same share a cell and are bought to the same part of the way.
 All watts are whole milliwatts, so sums over a million GPUs are exact.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +52,20 @@ class PowerClass:
     min_replicas: int = 0
     idle_milliwatts: int = 0
     """What a GPU at its minimum draws with no work; what an eviction can hope to free."""
+
+    curve: tuple[tuple[int, float], ...] = ()
+    """The measured curve (milliwatts, tokens per second) where the hull bridges it; empty: unknown there."""
+
+    def tokens_at(self, cap: int) -> float:
+        """Tokens per second that a GPU really makes at this cap: on a bridge the curve below it counts."""
+        at = bisect_right(self.milliwatts, cap) - 1
+        if at >= len(self.milliwatts) - 1:
+            return self.tokens[-1]
+        if self.is_chord(at):
+            inside = [t for w, t in self.curve if self.milliwatts[at] <= w <= cap]
+            return max((self.tokens[at], *inside))
+        width = self.milliwatts[at + 1] - self.milliwatts[at]
+        return self.tokens[at] + (self.tokens[at + 1] - self.tokens[at]) * (cap - self.milliwatts[at]) / width
 
     @property
     def values(self) -> tuple[float, ...]:
