@@ -102,8 +102,6 @@ class Supervisor:
             watched = [control, wake_read, *([owner] if self.owner and owner is not None else [])]
             poll = _OWNER_POLL_SECONDS if self.owner and owner is None else None
             ready, _, _ = select.select(watched, [], [], poll)
-            if owner in ready:
-                break
             if wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_read, 4096)

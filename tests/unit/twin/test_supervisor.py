@@ -141,7 +141,8 @@ def test_down_kills_what_does_not_want_to_end(running: Cluster):
 
 
 def test_a_process_that_got_a_recycled_pid_is_left_alone(tmp_path: Path):
-    with subprocess.Popen(["sleep", "60"]) as innocent:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, text=True) as innocent:
         folder = tmp_path / "c"
         folder.mkdir()
         stale = {"pid": innocent.pid, "started": "another-boot/1"}
@@ -155,10 +156,10 @@ def test_a_process_that_got_a_recycled_pid_is_left_alone(tmp_path: Path):
         cluster = Cluster(plan)
         assert cluster.running() == {}
         cluster.down()
-        assert innocent.poll() is None
-        own = supervisor.start_time(innocent.pid)
-        assert own is not None
-        assert supervisor.signal_process(innocent.pid, own, signal.SIGKILL)
+        assert not supervisor.signal_process(innocent.pid, "another-boot/1", signal.SIGKILL)
+
+        assert innocent.communicate("I live\n")[0] == "I live\n"
+        assert innocent.returncode == 0
 
 
 def test_a_component_that_ends_by_itself_is_reported_with_its_code(running: Cluster):
