@@ -35,6 +35,8 @@ class Failure:
     gpu: str = ""
     code: int = 0
     text: str = ""
+    restart_helps: bool = False
+    """Nothing but a new process gets over this one; the caps stay where they are."""
 
     def __str__(self) -> str:
         of = f" of {self.gpu}" if self.gpu else ""

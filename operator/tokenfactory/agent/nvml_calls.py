@@ -83,7 +83,9 @@ def failure(call: str, gpu: str, error: pynvml.NVMLError) -> Failure:
     kind = KINDS.get(code, FailureKind.UNKNOWN)
     if kind is FailureKind.UNKNOWN and not driver_alive():
         kind = FailureKind.DRIVER_GONE  # a driver that was swapped under us answers nonsense, not "gone"
-    return Failure(kind, call, gpu, code, str(error))
+    # A library older than the driver under it stays in this process for good.
+    restart_helps = code == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+    return Failure(kind, call, gpu, code, str(error), restart_helps)
 
 
 def driver_alive() -> bool:

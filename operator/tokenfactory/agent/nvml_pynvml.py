@@ -67,6 +67,7 @@ class PynvmlDriver:
         self._event_set: Any = None
         self._unwatched: set[str] = set()
         self._is_open = asyncio.Event()
+        self._opening = asyncio.Lock()
         self._initialised = False
         self._closed = False
 
@@ -81,6 +82,10 @@ class PynvmlDriver:
     # ---- open and close ----
 
     async def open(self) -> Driver | Failure:
+        async with self._opening:
+            return await self._open()
+
+    async def _open(self) -> Driver | Failure:
         self._is_open.clear()
         if self._initialised and (hanging := self._hanging()):
             # NVML may not be shut down under a running call; only a new process gets rid of it.
@@ -88,13 +93,15 @@ class PynvmlDriver:
                 FailureKind.TIMEOUT,
                 "nvmlShutdown",
                 text=f"calls still hang in the old driver ({', '.join(hanging)}); restart the agent",
+                restart_helps=True,
             )
         try:
             if self._initialised:  # nor under a wait for events
                 await self._events.run(lambda: None, EVENT_WAIT_SECONDS + self._deadline_seconds)
             version, nvml_version, count = await self._system.run(self._load, self._open_deadline_seconds)
         except (OverdueError, StuckError):
-            return Failure(FailureKind.TIMEOUT, "nvmlInit", text="has not come back; restart the agent")
+            text = "has not come back; restart the agent"
+            return Failure(FailureKind.TIMEOUT, "nvmlInit", text=text, restart_helps=True)
         except calls.FailureError as error:
             return error.failure
         found = await asyncio.gather(*(self._discover(index) for index in range(count)))
@@ -271,15 +278,16 @@ class PynvmlDriver:
         return self._event(data)
 
     def _drop_lost(self) -> None:
-        """One lost GPU makes the wait fail for all of them: go on without it."""
+        """One lost GPU makes the wait fail for all of them: go on without it, at once, to miss little."""
         for uuid, (_, handle) in self._handles.items():
             try:
                 pynvml.nvmlDeviceGetSupportedEventTypes(handle)
             except pynvml.NVMLError:
                 self._unwatched.add(uuid)
+        old, self._event_set = self._event_set, None
+        self._event_set = self._watch()
         with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlEventSetFree(self._event_set)
-        self._event_set = None
+            pynvml.nvmlEventSetFree(old)
 
     def _event(self, data: Any) -> Event | None:
         gpu = self._uuid_of(data.device)

@@ -459,6 +459,11 @@ class SimulatedNode:
         with self.look() as state:
             return int(state.calls[function_numbers(self.library)[function]])
 
+    def allow_writes(self, allowed: bool | None) -> None:
+        """True: to everyone; False: to nobody; None: to root, as the real one."""
+        with self.change() as state:
+            state.permission = 0 if allowed is None else 1 if allowed else 2
+
     def unload_driver(self) -> None:
         with self.change() as state:
             state.driver_loaded = 0

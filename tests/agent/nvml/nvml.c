@@ -332,8 +332,12 @@ EXPORT int nvmlDeviceGetCount_v2(unsigned *to)
     return number(&c, to, count);
 }
 
-static int found(struct call *c, uint32_t i, struct handle **to)
+static int found(struct call *c, int function, uint32_t i, struct handle **to)
 {
+    const struct sim_fault *own = fault_for(c->state, function, (int)i);
+    int error = own != NULL && own->gpu >= 0 ? suffer(c->node, c->state, function, (int)i) : SUCCESS;
+    if (error != SUCCESS)
+        return leave(c, error);   /* a fault of every GPU was suffered on the way in */
     if (c->state->gpus[i].lost)
         return leave(c, GPU_IS_LOST);
     *to = &whole[i];
@@ -345,7 +349,7 @@ EXPORT int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct handle **to)
     ENTER(nvmlDeviceGetHandleByIndex_v2, to);
     for (uint32_t i = 0; i < c.state->gpu_count; i++)
         if (c.state->gpus[i].present && index-- == 0)
-            return found(&c, i, to);
+            return found(&c, F_nvmlDeviceGetHandleByIndex_v2, i, to);
     return leave(&c, INVALID_ARGUMENT);
 }
 
@@ -359,7 +363,7 @@ EXPORT int nvmlDeviceGetHandleByUUID(const char *uuid, struct handle **to)
         if (!gpu->present)
             continue;
         if (strcmp(gpu->uuid, uuid) == 0)
-            return found(&c, i, to);
+            return found(&c, F_nvmlDeviceGetHandleByUUID, i, to);
         for (uint32_t j = 0; gpu->mig_current && j < gpu->instance_count; j++)
             if (strcmp(gpu->instances[j].uuid, uuid) == 0) {
                 *to = &slices[i][j];
@@ -376,7 +380,7 @@ EXPORT int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, struct handle **to)
     for (uint32_t i = 0; bus != NULL && i < c.state->gpu_count; i++) {
         bus_id(&c.state->gpus[i], own);
         if (c.state->gpus[i].present && (strcasecmp(own, bus) == 0 || strcasecmp(own + 4, bus) == 0))
-            return found(&c, i, to);
+            return found(&c, F_nvmlDeviceGetHandleByPciBusId_v2, i, to);
     }
     return leave(&c, NOT_FOUND);
 }
@@ -386,7 +390,7 @@ EXPORT int nvmlDeviceGetHandleBySerial(const char *serial, struct handle **to)
     ENTER(nvmlDeviceGetHandleBySerial, to);
     for (uint32_t i = 0; serial != NULL && i < c.state->gpu_count; i++)
         if (c.state->gpus[i].present && strcmp(c.state->gpus[i].serial, serial) == 0)
-            return found(&c, i, to);
+            return found(&c, F_nvmlDeviceGetHandleBySerial, i, to);
     return leave(&c, NOT_FOUND);
 }
 
