@@ -1,0 +1,451 @@
+"""The agent: one loop that obeys, and beside it, apart, everything that is slow.
+
+Obeying is one short path without a wait in it: something changed → govern → set what must be set, each GPU on its
+own → read back → report. A call that hangs holds up only its own GPU: the step never waits for NVML, it is run again
+when calls come back. Whatever else the agent does (asking the kubelet, metering, health) only leaves its findings in
+the state and wakes that loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from tokenfactory.agent.enforce import Enforcer
+from tokenfactory.agent.exposition import Reading as MetricsReading
+from tokenfactory.agent.faults import Faults
+from tokenfactory.agent.guard import Measured, guarded, watch
+from tokenfactory.agent.holders import holdings
+from tokenfactory.agent.nim import Meter
+from tokenfactory.agent.nvml import Failure, FailureKind, Gpu, Nvml, Reading, RecoveryChanged
+from tokenfactory.agent.parts import (
+    Clock,
+    NodeSource,
+    PodDevices,
+    PodResources,
+    PodResourcesError,
+    SheetSource,
+    StatusWriter,
+    SystemClock,
+)
+from tokenfactory.agent.report import Reporter, status_of
+from tokenfactory.agent.state import AgentState
+from tokenfactory.agent.watchdog import Progress
+from tokenfactory.api.gpu_node import GPUNode, GPUNodeStatus
+from tokenfactory.planning.power.governor import Decision, GpuView, View, govern, read_back
+
+log = logging.getLogger(__name__)
+
+Part = Callable[[], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often what is done, in seconds. What must be quick is not here: it is not polled."""
+
+    tick: float = 5.0
+    """Govern at least this often, whatever happens: time passes."""
+    busy: float = 0.25
+    """While a call is outstanding or failed."""
+    observe: float = 5.0
+    pods: float = 5.0
+    meter: float = 15.0
+    wear: float = 60.0
+    inventory: float = 300.0
+    report: float = 30.0
+    reopen: float = 2.0
+
+
+class Agent:
+    """The agent of one node. `run()` until cancelled; caps stay as they are when it ends."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        nvml: Nvml,
+        pods: PodResources,
+        nodes: NodeSource,
+        sheets: SheetSource,
+        writer: StatusWriter,
+        scrape: Callable[[str], Awaitable[MetricsReading]] | None = None,
+        clock: Clock | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.pace = pace or Pace()
+        self.state = AgentState(name=name, faults=Faults(lambda: nvml.identity))
+        self.enforcer = Enforcer(nvml, self.clock)
+        self.progress = Progress(self.clock)
+        self.meter = (
+            Meter(scrape, self.read_energy, monotonic=self.clock.monotonic, wall=self.clock.wall)
+            if scrape is not None
+            else None
+        )
+        self._nvml = nvml
+        self._pods = pods
+        self._nodes = nodes
+        self._sheets = sheets
+        self.reporter = Reporter(writer, self.clock)
+        self._wake = asyncio.Event()
+        self._setting: dict[str, asyncio.Task[None]] = {}
+        self._reopen = asyncio.Event()
+        self._pods_asked = asyncio.Event()
+        self._pods_answered = asyncio.Event()
+        self._stepped = asyncio.Event()
+        nodes.subscribe(self.wake)
+        sheets.subscribe(self.wake)
+
+    @property
+    def stuck(self) -> frozenset[str]:
+        return self._nvml.stuck
+
+    def wake(self) -> None:
+        """Something changed: obey anew."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        parts: dict[str, tuple[Part, float]] = {
+            "obey": (self._obey, self.pace.tick),
+            "driver": (self._keep_open, 0.0),
+            "observe": (self._every(self.pace.observe, self._observe), self.pace.observe),
+            "pods": (self._follow_pods, self.pace.pods),
+            "report": (self._report, self.pace.report),
+            "wear": (self._every(self.pace.wear, self._look_at_wear), self.pace.wear),
+            "events": (self._follow_events, 0.0),
+        }
+        if self.meter is not None:
+            parts["meter"] = (self._every(self.pace.meter, self._meter), self.pace.meter)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for part, (loop, every) in parts.items():
+                    if every:
+                        self.progress.expect(part, every * 3 + 10)
+                    tasks.create_task(loop(), name=f"{self.state.name} {part}")
+        finally:
+            for task in self._setting.values():
+                task.cancel()  # a limit that was not set yet stays as it is
+            await self.reporter.last_words()
+            await self._nvml.close()
+
+    # --- obeying
+
+    async def _obey(self) -> None:
+        while True:
+            self._wake.clear()
+            self.step()
+            self._stepped.set()
+            self._stepped = asyncio.Event()
+            self.progress.beat("obey")
+            try:
+                async with asyncio.timeout(self._patience()):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _patience(self) -> float:
+        """Seconds until the next step, if nothing happens: at the deadline of the hold at the latest."""
+        waits = [self.pace.tick]
+        decision = self.state.decision
+        if decision is not None and decision.next_deadline_ms is not None:
+            waits.append(max(0.001, decision.next_deadline_ms / 1000 - self.clock.monotonic()))
+        if self._setting or any(held.failure for held in self.enforcer.held.values()):
+            waits.append(self.pace.busy)
+        return min(waits)
+
+    def step(self) -> None:
+        """One round of the short path; it waits for nothing."""
+        state = self.state
+        state.steps += 1
+        self._take_node()
+        if not state.gpus:
+            self.reporter.show(self.status())  # that NVML cannot be opened, for one
+            return
+        self._take_holdings()
+        state.memory, decision = govern(state.memory, self._view(), int(self.clock.monotonic() * 1000))
+        state.decision = decision
+        self._set(decision)
+        state.readback = None
+        if not self._setting:
+            self._read_back(decision)
+        self.reporter.show(self.status())
+
+    def _take_node(self) -> None:
+        """A new spec is obeyed once all its trees have been heard of; until then the one before."""
+        node = self._nodes.node()
+        if node is None:
+            return
+        paths = (node.spec.path, *node.spec.former_paths)
+        trees = frozenset(path[0] for path in paths if path)
+        self._sheets.follow(trees)
+        if self._sheets.ready(trees):
+            if self.state.node is None:
+                self.state.observed_generation = node.status.observed_generation
+            self.state.node = node
+
+    def _take_holdings(self) -> None:
+        state = self.state
+        if state.node is not None:
+            pods = state.pods if state.pods is not None else self._pods_before(state.node)
+            state.holdings = holdings((gpu.uuid for gpu in state.gpus), pods, state.node.spec)
+
+    def _pods_before(self, node: GPUNode) -> tuple[PodDevices, ...]:
+        """Until the kubelet has answered: who held what when an earlier agent of this boot last reported."""
+        if node.status.boot_id != self._nvml.identity.boot_id:
+            return ()
+        held = [(gpu.pod.partition("/"), gpu.uuid) for gpu in node.status.gpus if gpu.pod]
+        return tuple(PodDevices(namespace, name, (uuid,)) for (namespace, _, name), uuid in held)
+
+    def _view(self) -> View:
+        state = self.state
+        node = state.node
+        return View(
+            boot_id=self._life(),
+            spec=node.spec if node else None,
+            generation=node.metadata.generation if node else 0,
+            status=node.status if node else None,
+            sheets=self._sheets.sheets,
+            renewals=self._sheets.renewals,
+            gpus=tuple(self._gpu_view(gpu) for gpu in state.gpus),
+        )
+
+    def _life(self) -> str:
+        """The boot, and a later life of the driver in it: limits survive neither."""
+        identity = self._nvml.identity
+        later = identity.driver_generation > 1
+        return f"{identity.boot_id}/{identity.driver_generation}" if later else identity.boot_id
+
+    def _gpu_view(self, gpu: Gpu) -> GpuView:
+        limits = self.enforcer.limits(gpu)
+        return GpuView(
+            uuid=gpu.uuid,
+            product=gpu.product,
+            min_milliwatts=limits.min_milliwatts if limits else 0,
+            max_milliwatts=limits.max_milliwatts if limits else 0,
+            enforced_milliwatts=self.enforcer.enforced(gpu.uuid),
+            pod_uid=self.state.holdings.of(gpu.uuid).uid,
+        )
+
+    def _set(self, decision: Decision) -> None:
+        caps = {}
+        for gpu, order in decision.caps.items():
+            if order.cap_milliwatts is None:
+                continue
+            cap = guarded(self.state.guard, gpu, order.cap_milliwatts)
+            if order.reason.why != "Kept" or not self.enforcer.obeys(gpu, cap):
+                caps[gpu] = cap
+        for gpu, milliwatts in self.enforcer.wanted(caps).items():
+            if gpu not in self._setting:
+                name = f"{self.state.name} set {gpu}"
+                self._setting[gpu] = asyncio.create_task(self._set_one(gpu, milliwatts), name=name)
+
+    async def _set_one(self, gpu: str, milliwatts: int) -> None:
+        try:
+            failure = await self.enforcer.set(gpu, milliwatts)
+            self.state.faults.take_limit(gpu, failure)
+            self._ask_for_driver(failure)
+        finally:
+            del self._setting[gpu]
+            if not self._setting:
+                self.wake()
+
+    def _read_back(self, decision: Decision) -> None:
+        state = self.state
+        enforced = {gpu: self.enforcer.enforced(gpu) for gpu in decision.caps}
+        state.memory, state.readback = read_back(state.memory, decision, enforced)
+        if state.readback.observed_generation is not None:
+            state.observed_generation = state.readback.observed_generation
+
+    # --- beside it: the driver
+
+    async def _keep_open(self) -> None:
+        """Opens NVML, again when the driver was reloaded, and looks through the node now and then."""
+        while True:
+            self._reopen.clear()
+            if not await self._open():
+                await asyncio.sleep(self.pace.reopen)
+                continue
+            while not self._reopen.is_set():
+                self._take_inventory(await self._nvml.inventory())
+                try:
+                    async with asyncio.timeout(self.pace.inventory):
+                        await self._reopen.wait()
+                except TimeoutError:
+                    pass
+
+    async def _open(self) -> bool:
+        state = self.state
+        answer = await self._nvml.open()
+        if isinstance(answer, Failure):
+            if state.open_failure is None or state.open_failure.kind != answer.kind:
+                log.error("NVML cannot be opened", extra={"node": state.name, "error": str(answer)})
+            state.open_failure = answer
+            if answer.kind is FailureKind.TIMEOUT:
+                raise NeedsRestartError(str(answer))
+            self.wake()
+            return False
+        log.info("NVML open", extra={"node": state.name, "driver": answer.version})
+        state.open_failure = None
+        state.driver = answer
+        return True
+
+    def _take_inventory(self, gpus: tuple[Gpu, ...]) -> None:
+        self.state.gpus = gpus
+        self.state.faults.take_inventory(gpus)
+        self.enforcer.adopt(gpus)
+        self.wake()
+
+    def _ask_for_driver(self, failure: Failure | None) -> None:
+        if failure is not None and failure.kind is FailureKind.DRIVER_GONE:
+            self._reopen.set()
+
+    # --- beside it: looking
+
+    async def _observe(self) -> None:
+        """What every GPU draws and enforces now: a limit that was reset and a cap that does not bind are found here."""
+        await asyncio.gather(*(self._observe_one(gpu.uuid) for gpu in self.state.gpus))
+        state = self.state
+        measured = {}
+        for gpu, reading in state.readings.items():
+            enforced, held = self.enforcer.enforced(gpu), self.enforcer.held.get(gpu)
+            if reading.power_milliwatts is not None and enforced is not None and held is not None:
+                least = held.limits.min_milliwatts if held.limits else 0
+                measured[gpu] = Measured(reading.power_milliwatts, enforced, least, held.since)
+        now = self.clock.monotonic()
+        guard = watch(state.guard, measured, now)
+        for gpu, watched in guard.items():
+            before = state.guard[gpu].withheld_milliwatts if gpu in state.guard else 0
+            if watched.withheld_milliwatts != before:
+                self._tell_guard(gpu, watched.withheld_milliwatts)
+        state.guard = guard
+
+    def _tell_guard(self, gpu: str, withheld: int) -> None:
+        text = None
+        if withheld:
+            text = f"draws more than its cap allows; {withheld} mW are withheld from the cap"
+            log.warning(
+                "guard withholds power", extra={"node": self.state.name, "gpu": gpu, "milliwatts": withheld}
+            )
+        self.state.faults.take_guard(gpu, text)
+        self.wake()
+
+    async def _observe_one(self, gpu: str) -> None:
+        reading = await self._nvml.read(gpu)
+        news = self.state.faults.take_reading(gpu, reading)
+        if isinstance(reading, Failure):
+            self._ask_for_driver(reading)
+            self.state.readings.pop(gpu, None)
+            news |= self.enforcer.lose(gpu)
+        else:
+            self.state.readings[gpu] = reading
+            news |= self.enforcer.notice(gpu, reading)
+        if news:
+            self.wake()
+
+    async def _look_at_wear(self) -> None:
+        for gpu in self.state.gpus:
+            if self.state.faults.take_wear(gpu.uuid, await self._nvml.wear(gpu.uuid)):
+                self.wake()
+
+    async def _follow_events(self) -> None:
+        async for event in self._nvml.events():
+            if isinstance(event, RecoveryChanged):
+                await self._look_at_wear()
+            elif isinstance(event, Failure):
+                self._ask_for_driver(event)
+            else:
+                log.warning("XID", extra={"node": self.state.name, "gpu": event.gpu, "xid": event.code})
+                if self.state.faults.take_event(event, self.clock.monotonic()):
+                    self.wake()
+
+    # --- beside it: the kubelet and the models
+
+    async def _follow_pods(self) -> None:
+        while True:
+            self._pods_asked.clear()
+            try:
+                pods = await self._pods.list(self.state.gpus)
+            except PodResourcesError as error:
+                self._take_pods(self.state.pods, str(error))
+            else:
+                self._take_pods(pods, "")
+            self._pods_answered.set()
+            self._pods_answered = asyncio.Event()
+            self.progress.beat("pods")
+            try:
+                async with asyncio.timeout(self.pace.pods):
+                    await self._pods_asked.wait()
+            except TimeoutError:
+                pass
+
+    def _take_pods(self, pods: tuple[PodDevices, ...] | None, problem: str) -> None:
+        state = self.state
+        if problem and not state.pods_problem:
+            log.warning(
+                "the kubelet does not say who holds which GPU", extra={"node": state.name, "error": problem}
+            )
+        if (pods, problem) != (state.pods, state.pods_problem):
+            state.pods, state.pods_problem = pods, problem
+            self.wake()
+
+    async def fresh_pods(self, within_seconds: float) -> None:
+        """Ask the kubelet now and return once it has answered and the answer is obeyed, or time is up."""
+        answered = self._pods_answered
+        self._pods_asked.set()
+        try:
+            async with asyncio.timeout(within_seconds):
+                await answered.wait()
+                await self.settled()
+        except TimeoutError:
+            pass
+
+    async def settled(self) -> None:
+        """Return once everything heard so far is obeyed and read back."""
+        while self._wake.is_set() or self.state.readback is None:
+            await self._stepped.wait()
+
+    async def _meter(self) -> None:
+        assert self.meter is not None
+        held = self.state.holdings
+        await self.meter.round(held.targets, held.shares)
+
+    async def read_energy(self) -> dict[str, int | None]:
+        gpus = [gpu.uuid for gpu in self.state.gpus]
+        readings = await asyncio.gather(*(self._nvml.read(gpu) for gpu in gpus))
+        return {
+            gpu: reading.energy_millijoules if isinstance(reading, Reading) else None
+            for gpu, reading in zip(gpus, readings, strict=True)
+        }
+
+    # --- beside it: saying so
+
+    def status(self) -> GPUNodeStatus | None:
+        return status_of(self.state, self.enforcer, self.meter, self._nvml.identity, self.clock)
+
+    async def _report(self) -> None:
+        while True:
+            await self.reporter.round(self._nodes.node, self.status, self.pace.report)
+            self.progress.beat("report")
+
+    def _every(self, seconds: float, work: Part) -> Part:
+        """A part that does its work, then waits; one failure of it is written down and does not end the agent."""
+        part = work.__name__.removeprefix("_")
+        name = {"look_at_wear": "wear"}.get(part, part)
+
+        async def loop() -> None:
+            while True:
+                try:
+                    await work()
+                except Exception:
+                    log.exception("a part of the agent failed", extra={"node": self.state.name, "part": name})
+                self.progress.beat(name)
+                await asyncio.sleep(seconds)
+
+        return loop
+
+
+class NeedsRestartError(RuntimeError):
+    """Calls hang in a driver that is gone; only a new process gets rid of them. Caps stay in place."""

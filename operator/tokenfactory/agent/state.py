@@ -1,0 +1,37 @@
+"""What an agent knows at one moment, in one place: the loop writes it, the report and the metrics read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenfactory.agent.faults import Faults
+from tokenfactory.agent.guard import Guard
+from tokenfactory.agent.holders import Holdings
+from tokenfactory.agent.nvml import Driver, Failure, Gpu, Reading
+from tokenfactory.agent.parts import PodDevices
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.planning.power.governor import Decision, Memory, Readback
+
+
+@dataclass
+class AgentState:
+    """Mutable, and only the loop mutates it."""
+
+    name: str
+    faults: Faults
+    node: GPUNode | None = None
+    """The last one whose trees were all heard of: what is obeyed."""
+    driver: Driver | None = None
+    gpus: tuple[Gpu, ...] = ()
+    readings: dict[str, Reading] = field(default_factory=dict)
+    pods: tuple[PodDevices, ...] | None = None
+    """None until the kubelet has answered once."""
+    pods_problem: str = ""
+    holdings: Holdings = field(default_factory=Holdings)
+    memory: Memory = field(default_factory=Memory)
+    decision: Decision | None = None
+    readback: Readback | None = None
+    observed_generation: int = 0
+    guard: Guard = field(default_factory=dict)
+    open_failure: Failure | None = None
+    steps: int = 0
