@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from tokenfactory.agent.enforce import Enforcer
@@ -21,6 +20,7 @@ from tokenfactory.agent.guard import Measured, guarded, watch
 from tokenfactory.agent.holders import holdings
 from tokenfactory.agent.nim import Meter
 from tokenfactory.agent.nvml import Failure, FailureKind, Gpu, Nvml, Reading, RecoveryChanged
+from tokenfactory.agent.pace import Pace
 from tokenfactory.agent.parts import (
     Clock,
     NodeSource,
@@ -40,23 +40,6 @@ from tokenfactory.planning.power.governor import Decision, GpuView, View, govern
 log = logging.getLogger(__name__)
 
 Part = Callable[[], Coroutine[Any, Any, None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How often what is done, in seconds. What must be quick is not here: it is not polled."""
-
-    tick: float = 5.0
-    """Govern at least this often, whatever happens: time passes."""
-    busy: float = 0.25
-    """While a call is outstanding or failed."""
-    observe: float = 5.0
-    pods: float = 5.0
-    meter: float = 15.0
-    wear: float = 60.0
-    inventory: float = 300.0
-    report: float = 30.0
-    reopen: float = 2.0
 
 
 class Agent:
@@ -296,6 +279,7 @@ class Agent:
         self.state.gpus = gpus
         self.state.faults.take_inventory(gpus)
         self.enforcer.adopt(gpus)
+        self._pods_asked.set()
         self.wake()
 
     def _ask_for_driver(self, failure: Failure | None) -> None:
@@ -366,12 +350,8 @@ class Agent:
     async def _follow_pods(self) -> None:
         while True:
             self._pods_asked.clear()
-            try:
-                pods = await self._pods.list(self.state.gpus)
-            except PodResourcesError as error:
-                self._take_pods(self.state.pods, str(error))
-            else:
-                self._take_pods(pods, "")
+            if self.state.gpus:  # their names are needed to tell whose device is which GPU
+                await self._ask_for_pods()
             self._pods_answered.set()
             self._pods_answered = asyncio.Event()
             self.progress.beat("pods")
@@ -380,6 +360,14 @@ class Agent:
                     await self._pods_asked.wait()
             except TimeoutError:
                 pass
+
+    async def _ask_for_pods(self) -> None:
+        try:
+            pods = await self._pods.list(self.state.gpus)
+        except PodResourcesError as error:
+            self._take_pods(self.state.pods, str(error))
+        else:
+            self._take_pods(pods, "")
 
     def _take_pods(self, pods: tuple[PodDevices, ...] | None, problem: str) -> None:
         state = self.state

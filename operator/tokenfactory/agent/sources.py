@@ -6,7 +6,7 @@ may list thousands of classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet, CapSheetSpec
@@ -50,9 +50,11 @@ class SheetBook:
         if listener in listeners:
             listeners.remove(listener)
 
-    def forget(self, tree: str) -> None:
+    def forget(self, tree: str, sheets: Iterable[CapSheet]) -> None:
         """Nobody follows this tree any more; what was heard of it must not be taken for news later."""
         self._renewals.pop(tree, None)
+        for sheet in sheets:
+            self._sheets.pop(sheet.spec.domain, None)
 
 
 def _obeyed(spec: CapSheetSpec) -> tuple[object, ...]:

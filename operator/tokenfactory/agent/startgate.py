@@ -12,23 +12,12 @@ from typing import Final
 import msgspec
 
 from tokenfactory.agent.loop import Agent
+from tokenfactory.agent.waiting import GateAnswer
 from tokenfactory.agent.web import Answer
 from tokenfactory.api.gpu_node import PodGrant
 
-START_PATH: Final = "/v1/start/"
 FRESH_SECONDS: Final = 5.0
 CAPPED: Final = "its GPUs' limits were read back in this boot"
-
-
-class GateAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the init container reads."""
-
-    may_start: bool
-    reason: str
-    message: str
-    gpus: tuple[str, ...] = ()
-    final: bool = False
-    """Asking again cannot help."""
 
 
 class StartGate:

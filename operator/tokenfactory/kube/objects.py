@@ -1,8 +1,6 @@
 """The few fields of Kubernetes' own kinds that this product reads or writes.
 
-Everything else in an object is skipped while decoding, which is most of the time and memory that a pod costs. What
-is decoded is a tree and never a cycle, so the garbage collector need not look at it (`gc=False`): with ten thousand
-pods its rounds would be a quarter of the cost of an event.
+Everything else in an object is skipped while decoding, which is most of the time and memory that a pod costs.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import msgspec
 from tokenfactory.api.meta import Api, LabelSelector, Resource
 
 
-class ObjectRef(Api, frozen=True, kw_only=True, gc=False):
+class ObjectRef(Api, frozen=True, kw_only=True):
     api_version: str = ""
     kind: str = ""
     namespace: str = ""
@@ -24,7 +22,7 @@ class ObjectRef(Api, frozen=True, kw_only=True, gc=False):
     field_path: str = ""
 
 
-class KubeCondition(Api, frozen=True, kw_only=True, gc=False):
+class KubeCondition(Api, frozen=True, kw_only=True):
     """Conditions of pods, nodes and deployments alike."""
 
     type: str = ""
@@ -37,28 +35,28 @@ class KubeCondition(Api, frozen=True, kw_only=True, gc=False):
 # --- pods
 
 
-class SchedulingGate(Api, frozen=True, kw_only=True, gc=False):
+class SchedulingGate(Api, frozen=True, kw_only=True):
     name: str = ""
 
 
-class ResourceRequirements(Api, frozen=True, kw_only=True, gc=False):
+class ResourceRequirements(Api, frozen=True, kw_only=True):
     limits: dict[str, str] = {}
     requests: dict[str, str] = {}
 
 
-class ContainerPort(Api, frozen=True, kw_only=True, gc=False):
+class ContainerPort(Api, frozen=True, kw_only=True):
     name: str = ""
     container_port: int = 0
 
 
-class Container(Api, frozen=True, kw_only=True, gc=False):
+class Container(Api, frozen=True, kw_only=True):
     name: str = ""
     image: str = ""
     resources: ResourceRequirements = ResourceRequirements()
     ports: tuple[ContainerPort, ...] = ()
 
 
-class PodSpec(Api, frozen=True, kw_only=True, gc=False):
+class PodSpec(Api, frozen=True, kw_only=True):
     node_name: str = ""
     scheduling_gates: tuple[SchedulingGate, ...] = ()
     containers: tuple[Container, ...] = ()
@@ -67,23 +65,23 @@ class PodSpec(Api, frozen=True, kw_only=True, gc=False):
     termination_grace_period_seconds: int = 30
 
 
-class TerminatedState(Api, frozen=True, kw_only=True, gc=False):
+class TerminatedState(Api, frozen=True, kw_only=True):
     exit_code: int = 0
     reason: str = ""
 
 
-class ContainerState(Api, frozen=True, kw_only=True, gc=False):
+class ContainerState(Api, frozen=True, kw_only=True):
     terminated: TerminatedState | None = None
 
 
-class ContainerStatus(Api, frozen=True, kw_only=True, gc=False):
+class ContainerStatus(Api, frozen=True, kw_only=True):
     name: str = ""
     ready: bool = False
     restart_count: int = 0
     state: ContainerState = ContainerState()
 
 
-class PodStatus(Api, frozen=True, kw_only=True, gc=False):
+class PodStatus(Api, frozen=True, kw_only=True):
     phase: str = ""
     reason: str = ""
     message: str = ""
@@ -93,7 +91,7 @@ class PodStatus(Api, frozen=True, kw_only=True, gc=False):
     container_statuses: tuple[ContainerStatus, ...] = ()
 
 
-class Pod(Resource, frozen=True, kw_only=True, gc=False):
+class Pod(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Pod"
     PLURAL: ClassVar[str] = "pods"
     SHORT: ClassVar[str] = "po"
@@ -107,29 +105,29 @@ class Pod(Resource, frozen=True, kw_only=True, gc=False):
 # --- nodes
 
 
-class Taint(Api, frozen=True, kw_only=True, gc=False):
+class Taint(Api, frozen=True, kw_only=True):
     key: str = ""
     value: str = ""
     effect: str = ""
 
 
-class NodeSpec(Api, frozen=True, kw_only=True, gc=False):
+class NodeSpec(Api, frozen=True, kw_only=True):
     unschedulable: bool = False
     taints: tuple[Taint, ...] = ()
     provider_id: str = msgspec.field(name="providerID", default="")
 
 
-class NodeInfo(Api, frozen=True, kw_only=True, gc=False):
+class NodeInfo(Api, frozen=True, kw_only=True):
     boot_id: str = msgspec.field(name="bootID", default="")
     kubelet_version: str = ""
 
 
-class NodeAddress(Api, frozen=True, kw_only=True, gc=False):
+class NodeAddress(Api, frozen=True, kw_only=True):
     type: str = ""
     address: str = ""
 
 
-class NodeStatus(Api, frozen=True, kw_only=True, gc=False):
+class NodeStatus(Api, frozen=True, kw_only=True):
     allocatable: dict[str, str] = {}
     capacity: dict[str, str] = {}
     conditions: tuple[KubeCondition, ...] = ()
@@ -137,7 +135,7 @@ class NodeStatus(Api, frozen=True, kw_only=True, gc=False):
     node_info: NodeInfo = NodeInfo()
 
 
-class Node(Resource, frozen=True, kw_only=True, gc=False):
+class Node(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Node"
     PLURAL: ClassVar[str] = "nodes"
     SHORT: ClassVar[str] = "no"
@@ -148,7 +146,7 @@ class Node(Resource, frozen=True, kw_only=True, gc=False):
     status: NodeStatus = NodeStatus()
 
 
-class Namespace(Resource, frozen=True, kw_only=True, gc=False):
+class Namespace(Resource, frozen=True, kw_only=True):
     """Its labels decide who a PowerDomain admits."""
 
     KIND: ClassVar[str] = "Namespace"
@@ -162,7 +160,7 @@ class Namespace(Resource, frozen=True, kw_only=True, gc=False):
 # --- leases
 
 
-class LeaseSpec(Api, frozen=True, kw_only=True, gc=False):
+class LeaseSpec(Api, frozen=True, kw_only=True):
     holder_identity: str = ""
     lease_duration_seconds: int = 0
     acquire_time: str | None = None
@@ -170,7 +168,7 @@ class LeaseSpec(Api, frozen=True, kw_only=True, gc=False):
     lease_transitions: int = 0
 
 
-class Lease(Resource, frozen=True, kw_only=True, gc=False):
+class Lease(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Lease"
     PLURAL: ClassVar[str] = "leases"
     SHORT: ClassVar[str] = ""
@@ -183,12 +181,12 @@ class Lease(Resource, frozen=True, kw_only=True, gc=False):
 # --- deployments and services
 
 
-class DeploymentSpec(Api, frozen=True, kw_only=True, gc=False):
+class DeploymentSpec(Api, frozen=True, kw_only=True):
     replicas: int = 1
     selector: LabelSelector = LabelSelector()
 
 
-class DeploymentStatus(Api, frozen=True, kw_only=True, gc=False):
+class DeploymentStatus(Api, frozen=True, kw_only=True):
     observed_generation: int = 0
     replicas: int = 0
     ready_replicas: int = 0
@@ -197,7 +195,7 @@ class DeploymentStatus(Api, frozen=True, kw_only=True, gc=False):
     conditions: tuple[KubeCondition, ...] = ()
 
 
-class Deployment(Resource, frozen=True, kw_only=True, gc=False):
+class Deployment(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Deployment"
     PLURAL: ClassVar[str] = "deployments"
     SHORT: ClassVar[str] = "deploy"
@@ -208,18 +206,18 @@ class Deployment(Resource, frozen=True, kw_only=True, gc=False):
     status: DeploymentStatus = DeploymentStatus()
 
 
-class ServicePort(Api, frozen=True, kw_only=True, gc=False):
+class ServicePort(Api, frozen=True, kw_only=True):
     name: str = ""
     port: int = 0
 
 
-class ServiceSpec(Api, frozen=True, kw_only=True, gc=False):
+class ServiceSpec(Api, frozen=True, kw_only=True):
     selector: dict[str, str] = {}
     ports: tuple[ServicePort, ...] = ()
     cluster_ip: str = msgspec.field(name="clusterIP", default="")
 
 
-class Service(Resource, frozen=True, kw_only=True, gc=False):
+class Service(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Service"
     PLURAL: ClassVar[str] = "services"
     SHORT: ClassVar[str] = "svc"
@@ -232,12 +230,12 @@ class Service(Resource, frozen=True, kw_only=True, gc=False):
 # --- events
 
 
-class EventSeries(Api, frozen=True, kw_only=True, gc=False):
+class EventSeries(Api, frozen=True, kw_only=True):
     count: int = 0
     last_observed_time: str | None = None
 
 
-class Event(Resource, frozen=True, kw_only=True, gc=False):
+class Event(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Event"
     PLURAL: ClassVar[str] = "events"
     SHORT: ClassVar[str] = "ev"

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from tests.unit.agent.virtual import VirtualClock
 
-from tokenfactory.agent.loop import Agent, Pace
+from tokenfactory.agent.loop import Agent
 from tokenfactory.agent.nvml import (
     Driver,
     Event,
@@ -23,6 +23,7 @@ from tokenfactory.agent.nvml import (
     Reading,
     Wear,
 )
+from tokenfactory.agent.pace import Pace
 from tokenfactory.agent.parts import PodDevices, PodResourcesError
 from tokenfactory.agent.sources import SheetBook
 from tokenfactory.api.cap_sheet import CapSheet, CapSheetSpec, ClassCap, Renewal, renewal_name

@@ -1,0 +1,190 @@
+"""The agent's process on a real node: parts wired together, start, liveness, ordered end.
+
+Run as `python -m tokenfactory.agent.main <options as JSON>`; `tokenfactory agent` replaces itself with that, so that
+nothing of the command line stays in a process that is to be small and to live for months.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tokenfactory.agent.live import LiveNode, LivePods, LiveSheets, LiveWriter
+from tokenfactory.agent.loop import Agent
+from tokenfactory.agent.nim import Scraper
+from tokenfactory.agent.nvml_pynvml import BOOT_ID, PynvmlDriver
+from tokenfactory.agent.pace import Pace
+from tokenfactory.agent.startgate import StartGate
+from tokenfactory.agent.waiting import START_PATH
+from tokenfactory.agent.watchdog import Watchdog
+from tokenfactory.agent.web import Answer, WebServer
+from tokenfactory.api.names import START_GATE_PORT, heartbeat_name
+from tokenfactory.kube.client import Client
+from tokenfactory.kube.errors import ApiError, UnreachableError
+from tokenfactory.kube.lease import Heartbeat
+
+log = logging.getLogger(__name__)
+
+KUBELET_SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
+
+
+class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node's agent is started with."""
+
+    node: str
+    namespace: str = "tokenfactory-system"
+    kubeconfig: str = ""
+    """Empty: as the pod that it runs in."""
+    address: str = "0.0.0.0"  # noqa: S104  the host's, unless the chart says which
+    gate_port: int = START_GATE_PORT
+    metrics_port: int = 9401
+    """Prometheus and probes; -1: none."""
+    pod_resources: str = KUBELET_SOCKET
+    boot_id_file: str = str(BOOT_ID)
+    heartbeat_seconds: float = 10.0
+    metering: bool = True
+    scrape_loopback: bool = False
+    """Read model servers on loopback: for tests and demos."""
+    pace: dict[str, float] = {}
+    """Overrides of `Pace`, by name."""
+    ports_file: str = ""
+    """Where to write the ports that were taken when 0 was asked for."""
+    log_level: str = "INFO"
+
+
+class JsonFormatter(logging.Formatter):
+    """One event a line, with its keys."""
+
+    _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        event: dict[str, Any] = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        event |= {key: value for key, value in vars(record).items() if key not in self._PLAIN}
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event, default=str)
+
+
+async def run(options: AgentOptions) -> None:
+    """Until SIGTERM or SIGINT. Caps stay as they are, whatever ends it."""
+    pods = LivePods(options.pod_resources)
+    scraper = Scraper(allow_loopback=options.scrape_loopback) if options.metering else None
+    kubeconfig = Path(options.kubeconfig) if options.kubeconfig else None
+    try:
+        async with (
+            await Client.connect(kubeconfig, user_agent="tokenfactory-agent") as client,
+            asyncio.TaskGroup() as tasks,
+        ):
+            node = LiveNode(client, options.node)
+            agent = Agent(
+                options.node,
+                nvml=PynvmlDriver(boot_id_file=Path(options.boot_id_file)),
+                pods=pods,
+                nodes=node,
+                sheets=LiveSheets(client, tasks),
+                writer=LiveWriter(client),
+                scrape=scraper.scrape if scraper else None,
+                pace=Pace(**options.pace),
+            )
+            await _serve(agent, options)
+            watchdog = Watchdog(agent.progress)
+            watchdog.start()
+            tasks.create_task(node.cache.run(), name="node")
+            tasks.create_task(_beat(client, agent, options), name="heartbeat")
+            obeying = tasks.create_task(agent.run(), name="agent")
+            tasks.create_task(_end_on_signal(obeying), name="signals")
+    except* _Ended:
+        log.info("ended; caps stay as they are", extra={"node": options.node})
+    finally:
+        await pods.close()
+        if scraper is not None:
+            await scraper.close()
+
+
+class _Ended(Exception):  # noqa: N818  it is no error
+    """The agent was told to end."""
+
+
+async def _end_on_signal(obeying: asyncio.Task[None]) -> None:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()
+    obeying.cancel()
+    await asyncio.wait([obeying])  # its last words need what the other tasks keep alive
+    raise _Ended
+
+
+async def _beat(client: Client, agent: Agent, options: AgentOptions) -> None:
+    """The heartbeat says that the agent gets round, not only that its process exists."""
+    key = (options.namespace, heartbeat_name(options.node))
+    heartbeat = Heartbeat(client, key, holder=options.node, every_seconds=options.heartbeat_seconds)
+    failing = False
+    while True:
+        late = agent.progress.late()
+        problem = f"no progress: {late}" if late else ""
+        try:
+            if not late:
+                async with asyncio.timeout(options.heartbeat_seconds):
+                    await heartbeat.beat()
+        except (ApiError, UnreachableError, TimeoutError) as error:
+            problem = str(error) or "no answer in time"
+        if problem and not failing:
+            log.warning("no heartbeat", extra={"node": options.node, "error": problem})
+        failing = bool(problem)
+        await asyncio.sleep(options.heartbeat_seconds)
+
+
+async def _serve(agent: Agent, options: AgentOptions) -> None:
+    """The start gate for the pods of this node; Prometheus and the kubelet's probes beside it."""
+
+    async def alive(_rest: str) -> Answer:
+        late = agent.progress.late()
+        text = "".join(f"{part}: nothing for {age:.0f} s\n" for part, age in late.items())
+        return Answer(HTTPStatus.SERVICE_UNAVAILABLE if late else HTTPStatus.OK, (text or "ok\n").encode())
+
+    async def ready(_rest: str) -> Answer:
+        decision = agent.state.decision
+        mode = decision.mode if decision is not None else "no decision yet"
+        known = decision is not None and agent.state.node is not None
+        return Answer(HTTPStatus.OK if known else HTTPStatus.SERVICE_UNAVAILABLE, f"{mode}\n".encode())
+
+    async def metrics(_rest: str) -> Answer:
+        from tokenfactory.agent.metrics import render
+
+        return Answer(HTTPStatus.OK, render(agent), "text/plain; version=0.0.4; charset=utf-8")
+
+    probes = {"/healthz": alive, "/readyz": ready}
+    gate = WebServer({START_PATH: StartGate(agent).route, **probes})
+    ports = {"gate": await gate.start(options.address, options.gate_port)}
+    if options.metrics_port >= 0:
+        server = WebServer({"/metrics": metrics, **probes})
+        ports["metrics"] = await server.start(options.address, options.metrics_port)
+    log.info("serving", extra={"node": options.node, "ports": ports})
+    if options.ports_file:
+        await asyncio.to_thread(Path(options.ports_file).write_text, json.dumps(ports))
+
+
+def main(argument: str) -> None:
+    options = msgspec.json.decode(argument, type=AgentOptions)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=options.log_level, handlers=[handler])
+    asyncio.run(run(options))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

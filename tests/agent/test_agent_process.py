@@ -1,0 +1,317 @@
+"""The agent's own process over the C library, a real PodResources socket and a real API server."""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tokenfactory.api.gpu_node import GPUNode, PodGrant
+from tokenfactory.api.names import heartbeat_name
+from tokenfactory.kube.client import Client
+from tokenfactory.kube.objects import Lease
+from tokenfactory.twin.agent_node import AgentNode, SheetDesk
+from tokenfactory.twin.faultproxy import FaultProxy
+
+pytestmark = pytest.mark.cluster
+
+REPOSITORY = Path(__file__).parents[2]
+PRODUCT = "NVIDIA H100 80GB HBM3"
+IDLE = f"idle@{PRODUCT}"
+CHAT = f"inference/chat/llama@{PRODUCT}"
+NAMESPACE = "tokenfactory-system"
+LOWEST, DEFAULT = 200_000, 700_000
+_numbers = itertools.count(1)
+
+
+async def until(holds, seconds=40.0):
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = holds()
+            if asyncio.iscoroutine(answer):
+                answer = await answer
+            if answer:
+                return
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def crds(cluster):
+    cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
+    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    with contextlib.suppress(Exception):
+        cluster.kubectl("create", "namespace", NAMESPACE)
+
+
+class World:
+    """One node, its own tree of two domains, and whoever writes the sheets."""
+
+    def __init__(self, desk: SheetDesk, node: AgentNode, proxy: FaultProxy, kubeconfig: Path) -> None:
+        self.desk, self.node, self.proxy, self.kubeconfig = desk, node, proxy, kubeconfig
+        self.site, self.rack = desk.tree, f"{desk.tree}-rack"
+        self.epoch = 1
+        self.hold = 300_000
+
+    async def begin(self, *pods: PodGrant, **start: str) -> None:
+        await self.desk.grant(self.node.name, (self.site, self.rack), *pods)
+        await self.sheets(600_000)
+        await self.desk.renew()
+        self.start()
+        await self.obeying()
+
+    def start(self, *arguments: str) -> None:
+        quick = ("observe=0.5", "pods=0.5", "wear=1", "meter=1", "report=5", "reopen=0.2", "tick=1")
+        self.node.start(self.kubeconfig, *(f"--pace={pace}" for pace in quick), *arguments)
+
+    async def obeying(self) -> None:
+        async def settled() -> bool:
+            await self.desk.renew()
+            return (await self.status()).mode == "Obeying" and (await self.status()).capped
+
+        await until(settled)
+
+    async def sheets(self, cap: int, fallback: int = 300_000) -> None:
+        self.epoch += 1
+        caps = {CHAT: (cap, min(cap, fallback)), IDLE: (250_000, 250_000)}
+        for domain in (self.site, self.rack):
+            await self.desk.publish(domain, self.epoch, caps, hold_milliseconds=self.hold)
+
+    async def status(self):
+        return (await self.desk.node(self.node.name)).status
+
+    async def applied(self) -> int:
+        return min((entry.epoch for entry in (await self.status()).applied), default=0)
+
+    async def enforced(self, *want: int) -> None:
+        await until(lambda: self.node.enforced_milliwatts() == list(want))
+
+    async def renewed_until(self, milliwatts: int) -> None:
+        async def so() -> bool:
+            await self.desk.renew()
+            return self.node.enforced_milliwatts() == [milliwatts] * 8
+
+        await until(so)
+
+    async def get(self, path: str) -> str:
+        def fetch() -> str:
+            url = f"http://127.0.0.1:{self.node.ports()['metrics']}{path}"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return answer.read().decode()
+
+        return await asyncio.to_thread(fetch)
+
+    async def rounds(self, count: int) -> None:
+        """The agent's loop has got round so many times."""
+
+        async def so() -> bool:
+            line = next(
+                it
+                for it in (await self.get("/metrics")).splitlines()
+                if "agent_steps_total " in it and it[0] != "#"
+            )
+            return float(line.split()[1]) >= count
+
+        await until(so)
+
+    async def acknowledged(self) -> None:
+        async def is_so() -> bool:
+            return await self.applied() == self.epoch
+
+        await until(is_so)
+
+
+def grant(name="chat-0", gpus=8, **more) -> PodGrant:
+    return PodGrant(namespace="inference", name=name, uid=f"uid-{name}", class_name=CHAT, gpus=gpus, **more)
+
+
+@pytest.fixture
+async def world(cluster, crds, tmp_path, nvml_library):
+    number = next(_numbers)
+    async with (
+        await Client.connect(cluster.kubeconfig) as client,
+        FaultProxy(cluster.kubeconfig) as proxy,
+    ):
+        node = AgentNode(f"agent-node-{number}", tmp_path)
+        await node.open()
+        try:
+            yield World(SheetDesk(client, f"tree-{number}"), node, proxy, proxy.kubeconfig(tmp_path))
+        finally:
+            await node.close()
+            for plural, name in (("gpunodes", node.name),):
+                cluster.kubectl("delete", plural, name, "--ignore-not-found")
+            if node.log.exists():
+                sys.stderr.write(node.log.read_text()[-4000:])
+
+
+async def test_a_pods_gpus_are_found_capped_read_back_reported_and_may_start(world):
+    world.node.give("inference", "chat-0", 0, 1, 2, 3)
+    await world.begin(grant(gpus=4))
+    await world.enforced(*[600_000] * 4, *[250_000] * 4)
+    await world.acknowledged()
+    status = await world.status()
+    assert [gpu.pod for gpu in status.gpus] == ["inference/chat-0"] * 4 + [""] * 4
+    assert status.boot_id == world.node.hardware.boot_id
+    assert status.gpu_count == 8
+    waiting = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "tokenfactory.cli", "wait-cap", f"--port={world.node.ports()['gate']}"],
+        env={"NODE_IP": "127.0.0.1", "POD_UID": "uid-chat-0", "PYTHONPATH": "operator", "PATH": "/usr/bin"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert waiting.returncode == 0, waiting.stderr
+    assert "may start" in waiting.stdout
+
+
+async def test_the_heartbeat_beats_and_probes_and_metrics_answer(world):
+    await world.begin()
+
+    async def beaten() -> bool:
+        with contextlib.suppress(Exception):
+            lease = await world.desk.client.get(Lease, (NAMESPACE, heartbeat_name(world.node.name)))
+            return bool(lease.spec.renew_time)
+        return False
+
+    await until(beaten)
+    assert await world.get("/healthz") == "ok\n"
+    assert await world.get("/readyz") == "Obeying\n"
+    text = await world.get("/metrics")
+    assert 'tokenfactory_agent_mode{mode="Obeying"} 1.0' in text
+    assert f'tokenfactory_agent_applied_epoch{{domain="{world.site}"}} {world.epoch}.0' in text
+    assert text.count("tokenfactory_gpu_enforced_power_limit_watts{") == 8
+
+
+async def test_an_api_server_that_is_gone_longer_than_hold_brings_the_fallback_and_back_the_caps(world):
+    world.hold = 3_000
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    await world.desk.renew()
+    await world.enforced(*[600_000] * 8)
+    loop = asyncio.get_running_loop()
+    world.proxy.partition()
+    cut = loop.time()
+    assert world.node.enforced_milliwatts() == [600_000] * 8
+    await world.enforced(*[300_000] * 8)
+    assert loop.time() - cut < 3 + 5  # a busy machine, not the agent, needs the allowance
+    world.proxy.heal()
+    await world.renewed_until(600_000)
+
+
+async def test_killed_and_restarted_without_an_api_server_it_never_raises(world):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    await world.sheets(400_000)
+    await world.acknowledged()
+    await world.node.kill()
+    assert world.node.enforced_milliwatts() == [400_000] * 8
+    world.proxy.partition()
+    world.start()
+    await until(world.node.ports)
+    writes = [gpu.limit_writes for gpu in world.node.hardware.gpus]
+    await world.rounds(5)
+    assert max(world.node.enforced_milliwatts()) <= 400_000
+    assert [gpu.limit_writes for gpu in world.node.hardware.gpus] == writes
+    world.proxy.heal()
+    await world.sheets(500_000)
+    await world.renewed_until(500_000)
+    await world.acknowledged()
+
+
+@pytest.mark.parametrize("milliseconds", [0, 3, 8, 20, 60])
+async def test_killed_at_any_step_of_a_cut_the_next_process_ends_in_the_same_place(world, milliseconds):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    await world.sheets(300_000)
+    await asyncio.sleep(milliseconds / 1000)
+    await world.node.kill()
+    assert max(world.node.enforced_milliwatts()) <= 600_000
+    world.start()
+    await world.obeying()
+    await world.acknowledged()
+    assert world.node.enforced_milliwatts() == [300_000] * 8
+
+
+async def test_told_to_end_it_ends_in_order_and_leaves_the_caps(world):
+    await world.begin()
+    assert await world.node.kill(signal.SIGTERM) == 0
+    assert world.node.enforced_milliwatts() == [250_000] * 8
+    assert "caps stay as they are" in world.node.log.read_text()
+
+
+async def test_after_a_reboot_limits_are_set_again_before_anything_may_start(world):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    await world.node.kill()
+    world.node.hardware.reboot()
+    assert world.node.enforced_milliwatts() == [DEFAULT] * 8
+    world.start()
+
+    async def capped() -> bool:
+        await world.desk.renew()
+        status = await world.status()
+        return status.capped and status.boot_id == world.node.hardware.boot_id
+
+    await until(capped)
+    await world.enforced(*[600_000] * 8)
+
+
+async def test_a_driver_reloaded_under_the_agent_is_capped_again(world):
+    await world.begin()
+    world.node.hardware.unload_driver()
+
+    async def degraded() -> bool:
+        return (await world.status()).mode == "Degraded"
+
+    await until(degraded)
+    world.node.hardware.load_driver()
+    await world.enforced(*[250_000] * 8)
+    await world.obeying()
+
+
+async def test_a_lost_gpu_a_reset_limit_and_an_xid_are_told(world):
+    await world.begin()
+    world.node.hardware.gpus[3].xid(79)
+    world.node.hardware.gpus[5].lose()
+    with world.node.hardware.change() as state:
+        state.gpus[1].requested_mw = DEFAULT
+
+    async def told() -> bool:
+        gpus = (await world.status()).gpus
+        return not gpus[3].healthy and not gpus[5].healthy and any("79" in fault for fault in gpus[3].faults)
+
+    await until(told)
+    await until(lambda: world.node.enforced_milliwatts()[1] == 250_000)
+
+
+async def test_a_kubelet_that_restarts_changes_nothing(world):
+    world.node.give("inference", "chat-0", 0, 1)
+    await world.begin(grant(gpus=2))
+    await world.enforced(*[600_000] * 2, *[250_000] * 6)
+    await world.node.kubelet.stop()
+
+    async def silent() -> bool:
+        conditions = {it.type: it for it in (await world.status()).conditions}
+        return conditions["PodsKnown"].reason == "KubeletSilent"
+
+    await until(silent)
+    assert world.node.enforced_milliwatts()[:2] == [600_000] * 2
+    await world.node.kubelet.start()
+    world.node.kubelet.end("inference", "chat-0")
+    await world.enforced(*[250_000] * 8)
+
+
+async def test_without_a_gpunode_it_waits_and_touches_nothing(world, cluster):
+    world.start()
+    await until(world.node.ports)
+    await world.rounds(3)
+    assert world.node.enforced_milliwatts() == [DEFAULT] * 8
+    assert world.node.process.poll() is None
+    assert world.node.name not in cluster.kubectl("get", GPUNode.PLURAL, "-o", "name").stdout
