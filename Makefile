@@ -65,7 +65,7 @@ test-fast: venv ## unit tests without a cluster, under a minute
 # Everything that pytest runs besides may be narrowed: make test T=tests/cluster/test_thread.py
 T ?= tests
 .PHONY: test
-test: venv ## all tests; builds the embedded control plane once (about 10 minutes)
+test: tools ## all tests; builds the embedded control plane once (about 10 minutes)
 	$(PY) -m pytest $(T)
 
 .PHONY: bench

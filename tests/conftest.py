@@ -5,6 +5,7 @@ or is cluster-scoped under names of its own. A test that stops components, fills
 other options takes `own_cluster`.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -12,9 +13,26 @@ from pathlib import Path
 
 import pytest
 
+from tokenfactory.twin import toolchain
 from tokenfactory.twin.cluster import Cluster, ClusterOptions
 
 _numbers = itertools.count(1)
+_CLUSTERS = {"cluster", "own_cluster", "start_cluster"}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the control plane before the first test, where no test's time limit counts and it is seen."""
+    if session.config.option.collectonly:
+        return
+    if any(_CLUSTERS & set(getattr(item, "fixturenames", ())) for item in session.items):
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            try:
+                toolchain.ensure_control_plane()
+            except toolchain.ToolError as error:
+                pytest.exit(
+                    f"no control plane for the cluster tests: {error}", returncode=pytest.ExitCode.USAGE_ERROR
+                )
 
 
 @pytest.fixture(scope="session")
