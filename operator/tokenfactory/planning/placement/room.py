@@ -1,0 +1,174 @@
+"""What is left while a plan is being made: GPUs, other resources, watts of every limit, and who stands where.
+
+The only mutable thing in placement. `place` and `remove` undo each other exactly, so that the search can try and go back.
+"""
+
+import numpy as np
+
+from tokenfactory.planning.placement.fleet import UNLIMITED, BoolArray, Fleet, FloatArray, IntArray
+from tokenfactory.planning.placement.inputs import PodRequest
+from tokenfactory.planning.placement.preferences import SPREAD_WEIGHT, WHOLE_NODE_WEIGHT
+from tokenfactory.planning.placement.shape import Shape
+
+
+class Room:
+    def __init__(self, fleet: Fleet, pods: tuple[PodRequest, ...]) -> None:
+        self.fleet = fleet
+        self.free_gpus = fleet.free_gpus.copy()
+        self.headroom = fleet.headroom.copy()
+        self.pods_on = np.zeros(fleet.count, dtype=np.int64)
+        self.comfort = 0.0
+        """Sum of all preferences so far; what the search maximises once nobody else can be placed."""
+        self.watts_taken = 0
+        """Milliwatts of all that is placed; of two plans of the same worth the thriftier lets more in later."""
+        self._free: dict[str, IntArray] = {}
+        self._spread: dict[tuple[str, str], dict[str, int]] = {}
+        self._eligible: dict[tuple[Shape, str], frozenset[str]] = {}
+        by_model: dict[str, list[float]] = {}
+        for pod in pods:
+            by_model.setdefault(pod.model, []).append(pod.value)
+        self._model_worth = {m: sum(v) / len(v) for m, v in by_model.items()}
+        self._slot_worth = WHOLE_NODE_WEIGHT * sum(p.value for p in pods) / max(len(pods), 1)
+        self._level_counts = {m: self._counts(m) for m in by_model}
+        self._levels = fleet.failure_levels
+        size = max(fleet.whole_gpus, 1)
+        self._whole = np.arange(int(self.free_gpus.max(initial=0)) + 1, dtype=np.int64) // size
+
+    def _counts(self, model: str) -> tuple[IntArray, ...]:
+        present = np.array([n.replicas.get(model, 0) for n in self.fleet.nodes], dtype=np.int64)
+        return tuple(
+            np.bincount(level, weights=present, minlength=self.fleet.count).astype(np.int64)
+            for level in self.fleet.failure_levels
+        )
+
+    def free(self, resource: str) -> IntArray:
+        if resource not in self._free:
+            self._free[resource] = np.array(
+                [n.free.get(resource, int(UNLIMITED)) for n in self.fleet.nodes], dtype=np.int64
+            )
+        return self._free[resource]
+
+    def watts_needed(self, shape: Shape) -> IntArray:
+        """On the path of each node: the pod's GPUs, and waking the node if it would be the first."""
+        needed: IntArray = shape.need + self.fleet.wake * (self.pods_on == 0)
+        return needed
+
+    def shortfall(self, shape: Shape) -> IntArray:
+        """Milliwatts missing at the shortest limit of each node's whole path, or of the pod's budgets."""
+        missing = self.watts_needed(shape)
+        missing -= self.tightest()
+        if shape.accounts.size:
+            missing = np.maximum(missing, shape.need - self.headroom[shape.accounts].min())
+        return missing
+
+    def tightest(self) -> IntArray:
+        """The least headroom on each node's path. Column by column: minima along short rows are slow."""
+        least: IntArray = self.headroom[self.fleet.columns[0]]
+        for column in self.fleet.columns[1:]:
+            np.minimum(least, self.headroom[column], out=least)
+        return least
+
+    def shortest_limit(self, shape: Shape, node: int) -> tuple[str, int]:
+        """The limit that misses most for this pod on this node, and how much."""
+        on_path = int(self.watts_needed(shape)[node])
+        candidates = [(on_path - int(self.headroom[d]), int(d)) for d in self.fleet.path[node]]
+        candidates += [(int(shape.need[node]) - int(self.headroom[a]), int(a)) for a in shape.accounts]
+        missing, limit = max((m, -d) for m, d in candidates if d < len(self.fleet.limits))
+        return self.fleet.limits[-limit], missing
+
+    def place(self, shape: Shape, node: int) -> None:
+        self.comfort += self._gain(shape, node)
+        self._move(shape, node, 1)
+        self._count(shape, node, 1)
+
+    def remove(self, shape: Shape, node: int) -> None:
+        self._move(shape, node, -1)
+        self._count(shape, node, -1)
+        self.comfort -= self._gain(shape, node)
+
+    def _move(self, shape: Shape, node: int, sign: int) -> None:
+        pod = shape.pod
+        alone = self.pods_on[node] == (0 if sign > 0 else 1)
+        watts = int(shape.need[node]) + (int(self.fleet.wake[node]) if alone else 0)
+        self.watts_taken += sign * watts
+        self.pods_on[node] += sign
+        self.free_gpus[node] -= sign * pod.gpus
+        self.headroom[self.fleet.path[node]] -= sign * watts
+        if shape.accounts.size:
+            self.headroom[shape.accounts] -= sign * int(shape.need[node])
+        for name, amount in pod.resources.items():
+            self.free(name)[node] -= sign * amount
+
+    def _count(self, shape: Shape, node: int, sign: int) -> None:
+        for level, counts in zip(self._levels, self._level_counts[shape.pod.model], strict=True):
+            counts[level[node]] += sign
+        for rule in shape.pod.spread:
+            counts_of = self._replicas_by(shape, rule.topology_key)
+            value = self.fleet.nodes[node].labels.get(rule.topology_key)
+            if value is not None:
+                counts_of[value] += sign
+
+    def _gain(self, shape: Shape, node: int) -> float:
+        """What placing it there adds to the comfort; `remove` takes the same away."""
+        levels = self._level_counts[shape.pod.model]
+        crowd = 0.0
+        for level, counts in zip(self._levels, levels, strict=True):
+            k = int(counts[level[node]])
+            crowd += k / (k + 1)
+        free = int(self.free_gpus[node])
+        broken = self._whole[free] - self._whole[free - shape.pod.gpus]
+        return (
+            shape.pod.value * float(shape.preference[node])
+            - SPREAD_WEIGHT * self._model_worth[shape.pod.model] * crowd / len(levels)
+            - self._slot_worth * float(broken)
+        )
+
+    def gains(self, shape: Shape) -> FloatArray:
+        """`_gain` for all nodes at once; of no meaning where the pod does not fit."""
+        levels = self._level_counts[shape.pod.model]
+        gain = shape.pod.value * shape.preference
+        factor = SPREAD_WEIGHT * self._model_worth[shape.pod.model] / len(levels)
+        for level, counts in zip(self._levels, levels, strict=True):
+            here = counts[level]
+            gain = gain - factor * (here / (here + 1.0))
+        left = np.maximum(self.free_gpus - shape.pod.gpus, 0)
+        return gain - self._slot_worth * (self._whole[np.maximum(self.free_gpus, 0)] - self._whole[left])
+
+    def _replicas_by(self, shape: Shape, key: str) -> dict[str, int]:
+        """Replicas of the pod's model by value of a label, over all nodes that carry it."""
+        model = shape.pod.model
+        if (model, key) not in self._spread:
+            self._spread[model, key] = {
+                value: sum(self.fleet.nodes[i].replicas.get(model, 0) for i in members)
+                for value, members in self.fleet.labelled(key).items()
+            }
+        return self._spread[model, key]
+
+    def _eligible_counts(self, shape: Shape, key: str) -> dict[str, int]:
+        """Only domains with a node that the pod may select count for the smallest, as in kube-scheduler."""
+        if (shape, key) not in self._eligible:
+            selected = self.fleet.selected(shape.pod)
+            members = self.fleet.labelled(key)
+            self._eligible[shape, key] = frozenset(v for v, nodes in members.items() if selected[nodes].any())
+        counts = self._replicas_by(shape, key)
+        return {value: count for value, count in counts.items() if value in self._eligible[shape, key]}
+
+    def spread_allows(self, shape: Shape) -> BoolArray:
+        mask = np.ones(self.fleet.count, dtype=np.bool_)
+        for rule in shape.pod.spread:
+            counts = self._eligible_counts(shape, rule.topology_key)
+            least = min(counts.values(), default=0)
+            open_here = np.zeros(self.fleet.count, dtype=np.bool_)
+            for value, members in self.fleet.labelled(rule.topology_key).items():
+                open_here[members] = counts.get(value, 0) + 1 - least <= rule.max_skew
+            mask &= open_here
+        return mask
+
+    def skew(self, shape: Shape) -> int:
+        """By how much the worst of its spread rules is exceeded now; 0: none is."""
+        worst = 0
+        for rule in shape.pod.spread:
+            counts = self._eligible_counts(shape, rule.topology_key)
+            if counts:
+                worst = max(worst, max(counts.values()) - min(counts.values()) - rule.max_skew)
+        return worst
