@@ -42,6 +42,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def crds(cluster: Cluster) -> None:
+    """Our kinds in the shared cluster, served and ready."""
+    cluster.kubectl("apply", "--server-side", "-f", str(Path(__file__).parent.parent / "crds"))
+    cluster.kubectl(
+        "wait", "--for=condition=Established", "crd", "-l", "app.kubernetes.io/part-of=tokenfactory"
+    )
+
+
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of this module's own in the shared cluster."""

@@ -210,7 +210,9 @@ WRITER = """
 import sys, pynvml
 pynvml.nvmlInit()
 handle = pynvml.nvmlDeviceGetHandleByIndex(int(sys.argv[1]))
-for n in range(1000):
+print("ready", flush=True)
+sys.stdin.readline()
+for n in range(20_000):
     pynvml.nvmlDeviceSetPowerManagementLimit(handle, 200_000 + n)
     assert pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) == 200_000 + n
 """
@@ -219,15 +221,59 @@ for n in range(1000):
 def test_processes_share_a_node_without_losing_a_write(make_node):
     node = make_node("H100", 2)
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(index)], env={**os.environ, **node.environment})
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(index)], env={**os.environ, **node.environment},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
         for index in (0, 1)
-    ]
+    ]  # fmt: skip
+    assert [writer.stdout.readline() for writer in writers] == [b"ready\n"] * 2
+    for writer in writers:
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
     while any(writer.poll() is None for writer in writers):
         for gpu in node.gpus:
             gpu.set_load(random.random())
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert [gpu.limit_writes for gpu in node.gpus] == [1000, 1000]
-    assert node.calls("nvmlDeviceGetEnforcedPowerLimit") == 2000
+    for writer in writers:
+        writer.stdin.close()
+        writer.stdout.close()
+    assert [gpu.limit_writes for gpu in node.gpus] == [20_000, 20_000]
+    assert node.calls("nvmlDeviceGetEnforcedPowerLimit") == 40_000
+
+
+ADDER = """
+import sys
+from pathlib import Path
+from tokenfactory.twin.nvml import SimulatedNode
+node = SimulatedNode(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(5000):
+    with node.change() as state:
+        before = state.gpus[0].ecc_volatile_corrected
+        for _ in range(20):
+            pass
+        state.gpus[0].ecc_volatile_corrected = before + 1
+"""
+
+
+def test_a_change_is_whole_between_processes(make_node):
+    node = make_node("H100", 1)
+    adders = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADDER, str(node.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    assert [adder.stdout.readline() for adder in adders] == [b"ready\n"] * 2
+    for adder in adders:
+        adder.stdin.write(b"go\n")
+        adder.stdin.flush()
+    for adder in adders:
+        adder.communicate()
+        assert adder.returncode == 0
+    assert node.gpus[0].get("ecc_volatile_corrected") == 10_000
 
 
 def test_a_process_that_died_holding_the_node_does_not_block_it(make_node):

@@ -78,12 +78,36 @@ class CapSheetSpec(Api, frozen=True, kw_only=True):
             reason="FieldValueForbidden",
         ),
         Rule(
-            rule="self == oldSelf || has(self.renewal) || self.epoch > oldSelf.epoch",
-            message="every change needs a higher epoch",
-            advice="'every change needs a higher epoch: read the sheet again and write epoch %d or more, not %d'"
+            rule="self.epoch >= oldSelf.epoch",
+            message="an epoch never falls",
+            advice="'an epoch never falls: read the sheet again and write epoch %d or more, not %d'"
+            ".format([oldSelf.epoch, self.epoch])",
+            at=".epoch",
+            reason="FieldValueForbidden",
+        ),
+        # The same content in a newer term, or with less to remember, keeps its epoch: nobody need obey anew.
+        Rule(
+            rule="has(self.renewal) || self.epoch > oldSelf.epoch || (self.tree == oldSelf.tree"
+            " && self.?holdMilliseconds.orValue(0) == oldSelf.?holdMilliseconds.orValue(0)"
+            " && (has(self.caps) ? has(oldSelf.caps) && self.caps == oldSelf.caps : !has(oldSelf.caps)))",
+            message="what agents obey changes with a higher epoch only",
+            advice="'what agents obey changes with a higher epoch only: write epoch %d or more, not %d'"
             ".format([oldSelf.epoch + 1, self.epoch])",
             at=".epoch",
             reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="self.?completeFrom.orValue(1) >= oldSelf.?completeFrom.orValue(1)",
+            message="what is forgotten stays forgotten: leave completeFrom as it is or raise it",
+            at=".completeFrom",
+            reason="FieldValueForbidden",
+        ),
+        Rule(
+            rule="self.?completeFrom.orValue(1) <= self.epoch",
+            message="the present epoch is always known: write completeFrom at most epoch",
+            advice="'completeFrom %d is not an epoch yet: write at most %d'"
+            ".format([self.?completeFrom.orValue(1), self.epoch])",
+            at=".completeFrom",
         ),
         Rule(
             rule="self == oldSelf || !has(self.renewal) || !has(oldSelf.renewal)"
@@ -171,11 +195,13 @@ class CapSheet(Resource, frozen=True, kw_only=True):
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             rule="has(self.spec.renewal) || self.metadata.name == self.spec.domain",
+            at_birth=True,
             message="a sheet has its domain's name",
             advice="'a sheet has its domain\\'s name: write metadata.name: ' + self.spec.domain",
         ),
         Rule(
             rule=f"!has(self.spec.renewal) || self.metadata.name == self.spec.tree + '{RENEWAL_SUFFIX}'",
+            at_birth=True,
             message="a renewal has its tree's name and a suffix",
             advice=f"'a renewal is named after its tree: write metadata.name: ' + self.spec.tree + '{RENEWAL_SUFFIX}'",
         ),

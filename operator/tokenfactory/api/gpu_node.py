@@ -27,7 +27,6 @@ Path = Annotated[
                 rule="self.all(d, self.exists_one(e, e == d))",
                 message="a domain is on a path once: delete the repetition",
                 advice="'path ' + self.join('/') + ' names a domain twice: delete the repetition'",
-                reason="FieldValueDuplicate",
             )
         ),
     ),
@@ -216,7 +215,6 @@ class GPUNodeStatus(Api, frozen=True, kw_only=True):
                 Rule(
                     rule="self.all(g, self.exists_one(h, h.uuid == g.uuid))",
                     message="a GPU is listed once: delete the repetition of its uuid",
-                    reason="FieldValueDuplicate",
                 )
             ),
         ),

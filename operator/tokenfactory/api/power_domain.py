@@ -292,6 +292,7 @@ class PowerDomain(Resource, frozen=True, kw_only=True):
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             rule=matches(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", "self.metadata.name"),
+            at_birth=True,
             message="not the name of a PowerDomain",
             advice='"\'" + self.metadata.name + "\' is not the name of a PowerDomain: write at most 63 lower-case'
             " letters, digits and dashes, no dots, such as \" + self.metadata.name.replace('.', '-')",

@@ -7,6 +7,8 @@ What must stay true of every rule:
 
 * It never fails to evaluate. All rules of an object are evaluated, also those after a failed one, so a rule that
   parses text must first ask whether the text can be parsed (`duration()` of `5 min` is an error, not false).
+  And the API server forgives an old object a rule that it breaks where it did not change, but not a failed one.
+  The one exception is the time zone, which only an attempt to use it can judge.
 * It never refuses to lower a limit. A cut may come in an emergency, so a limit is not compared with what it
   would make pointless elsewhere in the same object (a timetable entry, a fixed load, a budget): the controller
   takes the lowest and says so in a condition.
@@ -19,21 +21,29 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Meta
 
-Reason = Literal["FieldValueInvalid", "FieldValueForbidden", "FieldValueRequired", "FieldValueDuplicate"]
+# "FieldValueDuplicate" is not among them: the API server would leave out the message.
+Reason = Literal["FieldValueInvalid", "FieldValueForbidden", "FieldValueRequired"]
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """One CEL rule. `advice` is a CEL expression of the message; `message` stands in where there is none."""
+    """One CEL rule. `advice` is a CEL expression of the message; `message` stands in where there is none.
+
+    `at_birth` is for what can never change, such as a name: an object that was taken under older rules could not
+    be repaired, so it would be locked out of every update.
+    """
 
     rule: str
     message: str
     advice: str = ""
     at: str = ""
     reason: Reason = "FieldValueInvalid"
+    at_birth: bool = False
 
-    def schema(self) -> dict[str, str]:
+    def schema(self) -> dict[str, Any]:
         """As an entry of x-kubernetes-validations."""
-        entry = {"rule": self.rule, "message": self.message}
+        entry: dict[str, Any] = {"rule": self.rule, "message": self.message}
+        if self.at_birth:
+            entry |= {"rule": f"oldSelf.hasValue() || ({self.rule})", "optionalOldSelf": True}
         if self.advice:
             entry["messageExpression"] = self.advice
         if self.at:

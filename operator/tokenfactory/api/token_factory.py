@@ -410,6 +410,7 @@ class TokenFactory(Resource, frozen=True, kw_only=True):
         Rule(
             rule=matches(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "self.metadata.name")
             + f" && size(self.metadata.name) <= {FACTORY_NAME_LENGTH}",
+            at_birth=True,
             message="not the name of a TokenFactory",
             advice='"\'" + self.metadata.name + "\' is not the name of a TokenFactory:'
             f' write at most {FACTORY_NAME_LENGTH} lower-case letters, digits and dashes, no dots"',

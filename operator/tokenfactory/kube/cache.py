@@ -51,6 +51,8 @@ class Snapshot(Generic[T]):
 
     objects: Mapping[Key, T]
     resource_version: int
+    undecodable: Mapping[Key, str]
+    """Objects that do not fit their type, and why: `objects` has their last good state, or nothing."""
 
 
 @dataclass(slots=True)
@@ -142,7 +144,10 @@ class Cache(Generic[T]):
     def snapshot(self) -> Snapshot[T]:
         """All objects at this moment; costs nothing when nothing has changed since the last one."""
         if self._snapshot is None:
-            self._snapshot = Snapshot(MappingProxyType(self._objects.copy()), self.resource_version)
+            objects, undecodable = self._objects.copy(), self.undecodable.copy()
+            self._snapshot = Snapshot(
+                MappingProxyType(objects), self.resource_version, MappingProxyType(undecodable)
+            )
         return self._snapshot
 
     # --- the loop
@@ -255,6 +260,7 @@ class Cache(Generic[T]):
     def _cannot_decode(self, key: Key, fault: str) -> None:
         """The last good object stays, and whoever decides on it must look at `undecodable` as well."""
         self.undecodable[key] = fault
+        self._snapshot = None
         log.error("%s %s does not fit its type: %s", self.kind.KIND, key, fault)
 
     def _advance(self, version: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class Client:
         self._limiter = limiter
         self._user_agent = user_agent
         self._backoff = backoff
-        self._sessions: dict[tuple[str | None, ...], aiohttp.ClientSession] = {}
+        self._sessions: dict[Hashable, aiohttp.ClientSession] = {}
 
     @classmethod
     async def connect(
@@ -91,7 +91,7 @@ class Client:
 
     def _session(self) -> aiohttp.ClientSession:
         """The pool for the present address and certificates; older ones end with the client."""
-        identity = self._credentials.identity()
+        identity = self._credentials.identity
         session = self._sessions.get(identity)
         if session is None:
             configuration = self._credentials.configuration
@@ -128,14 +128,18 @@ class Client:
             ) as response:
                 answer = await response.read()
         except _TRANSPORT_FAULTS as fault:
-            refused = isinstance(fault, aiohttp.ClientConnectorError)
-            raise UnreachableError(doing, fault, sent=not refused) from fault
+            raise await self._unreachable(doing, fault) from fault
         if response.status < 300:
             return answer
         error = error_of(doing, response.status, answer, response.headers.get("Retry-After"))
         if isinstance(error, UnauthorizedError):
             await self._credentials.refresh(headers.get("Authorization"))
         raise error
+
+    async def _unreachable(self, doing: str, fault: BaseException) -> UnreachableError:
+        if isinstance(fault, aiohttp.ClientSSLError):  # an authority or certificate may have been renewed
+            await self._credentials.refresh(self._credentials.authorization)
+        return UnreachableError(doing, fault, sent=not isinstance(fault, aiohttp.ClientConnectorError))
 
     async def request(
         self,
@@ -191,7 +195,7 @@ class Client:
             response = await self._session().get(path, params=query, headers=headers, timeout=timeout)
             answer = b"" if response.status < 300 else await response.read()
         except _TRANSPORT_FAULTS as fault:
-            raise UnreachableError(doing, fault, sent=True) from fault
+            raise await self._unreachable(doing, fault) from fault
         try:
             if response.status >= 300:
                 error = error_of(doing, response.status, answer, response.headers.get("Retry-After"))

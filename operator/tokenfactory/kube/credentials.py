@@ -68,8 +68,14 @@ class Credentials:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._read_at = clock()
+        self._take(configuration)
+
+    def _take(self, configuration: Configuration) -> None:
         self.configuration = configuration
         self.authorization = _authorization(configuration)
+        files = (configuration.ssl_ca_cert, configuration.cert_file, configuration.key_file)
+        self.identity = (configuration.host, *files, *(_changed_at(file) for file in files))
+        """What a TLS session is built from: when it changes, a new one is needed."""
 
     @classmethod
     async def read(cls, load: Loader) -> Credentials:
@@ -88,17 +94,17 @@ class Credentials:
                 return
             self._read_at = self._clock()
             try:
-                self.configuration = await self._load()
+                self._take(await self._load())
             except (ConfigException, OSError) as fault:
                 # The old ones may still be good, and the source may be in the middle of being replaced.
                 log.warning("credentials could not be read anew: %s", fault)
-                return
-            self.authorization = _authorization(self.configuration)
 
-    def identity(self) -> tuple[str | None, ...]:
-        """What a TLS session is built from: when it changes, a new one is needed."""
-        c = self.configuration
-        return (c.host, c.ssl_ca_cert, c.cert_file, c.key_file)
+
+def _changed_at(file: str | None) -> float:
+    try:
+        return Path(file).stat().st_mtime if file else 0.0
+    except OSError:
+        return 0.0
 
 
 def _authorization(configuration: Configuration) -> str | None:

@@ -86,11 +86,15 @@ class Maps:
     async def delete(self, name: str) -> None:
         await self.client.request("DELETE", object_path(ConfigMap, (self.namespace, name)))
 
+    async def versions(self) -> dict[str, str]:
+        """What there is now, and at which version."""
+        path = collection_path(ConfigMap, self.namespace)
+        body = await self.client.request("GET", path, query={"labelSelector": "test=kube"})
+        metas = [item["metadata"] for item in msgspec.json.decode(body)["items"]]
+        return {meta["name"]: meta["resourceVersion"] for meta in metas}
+
     async def count(self) -> int:
-        body = await self.client.request(
-            "GET", collection_path(ConfigMap, self.namespace), query={"labelSelector": "test=kube"}
-        )
-        return len(msgspec.json.decode(body)["items"])
+        return len(await self.versions())
 
 
 @pytest.fixture

@@ -170,12 +170,19 @@ def test_a_storm_of_one_xid_is_one_incident():
     assert len(history.after(Xid("GPU-a", 95), 1000.0, BOOT).incidents) == 2
 
 
+def test_a_gpu_that_never_stops_failing_cannot_fill_the_agent():
+    history = History()
+    for hour in range(1000):
+        history = history.after(Xid("GPU-a", 95), hour * 3600.0, BOOT)
+    assert len(history.incidents) == MOST_INCIDENTS
+    assert history.incidents[-1].at_seconds == 999 * 3600.0, "the latest are kept"
+
+
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e7)), max_size=200))
-def test_history_is_bounded_and_the_score_only_fades(events):
+def test_the_score_only_fades(events):
     history = History()
     for code, at in events:
         history = history.after(Xid("GPU-a", code), at, BOOT)
-    assert len(history.incidents) <= MOST_INCIDENTS
     now = lemon_score([history], 1e7)
     later = lemon_score([history], 1e7 + LEMON_HALF_LIFE_SECONDS)
     assert later == pytest.approx(now / 2)
