@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from tokenfactory.cli import agent, checkpoint, cluster
+from tokenfactory.cli import agent, checkpoint, cluster, demo, operator
 
 app = typer.Typer(
     name="tokenfactory",
@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(demo.demo)
+app.command()(operator.operator)
 app.command(name="agent")(agent.agent)
 app.command(name="wait-cap")(agent.wait_cap)
 

@@ -112,10 +112,16 @@ class Writer:
         )  # fmt: skip
 
     async def create(
-        self, kind: type[T], key: Key, content: Api | Mapping[str, Any], *, urgent: bool = False
+        self,
+        kind: type[T],
+        key: Key,
+        content: Api | Mapping[str, Any],
+        *,
+        labels: Mapping[str, str] | None = None,
+        urgent: bool = False,
     ) -> Written[T] | Refused:
         """Only if there is none of that name yet."""
-        body = body_of(kind, key, builtins_of(content))
+        body = body_of(kind, key, builtins_of(content), {"labels": dict(labels)} if labels else None)
         return await self._send(
             kind, "POST", collection_path(kind, key[0]), body, {"fieldManager": FIELD_MANAGER}, urgent=urgent
         )

@@ -70,6 +70,7 @@ class PodSpec(Api, frozen=True, kw_only=True, gc=False):
 class TerminatedState(Api, frozen=True, kw_only=True, gc=False):
     exit_code: int = 0
     reason: str = ""
+    message: str = ""
 
 
 class ContainerState(Api, frozen=True, kw_only=True, gc=False):
@@ -91,6 +92,7 @@ class PodStatus(Api, frozen=True, kw_only=True, gc=False):
     start_time: str | None = None
     conditions: tuple[KubeCondition, ...] = ()
     container_statuses: tuple[ContainerStatus, ...] = ()
+    init_container_statuses: tuple[ContainerStatus, ...] = ()
 
 
 class Pod(Resource, frozen=True, kw_only=True, gc=False):

@@ -1,0 +1,177 @@
+"""Act: take the actions of a plan, one write each, in their order.
+
+Nothing is decided here. A write that the API server refuses because the object has changed is not repeated: the
+change comes through the caches, and the next plan knows better. Every `execute` is a crash point: whatever was
+written stands, whatever was not will be planned again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tokenfactory.api import names
+from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet
+from tokenfactory.api.checkpoint import Checkpoint
+from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
+from tokenfactory.api.meta import OwnerReference
+from tokenfactory.controller import actions as act
+from tokenfactory.kube.apply import Precondition, Refused, Unchanged, Writer, Written
+from tokenfactory.kube.client import MERGE, Client, Guard
+from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError, UnreachableError
+from tokenfactory.kube.events import Recorder
+from tokenfactory.kube.objects import Node, Pod
+from tokenfactory.kube.resources import Key, key_of, object_path
+
+log = logging.getLogger(__name__)
+_STATUS_SECONDS = 10.0
+
+
+class Actor:
+    """All writes of the controller. `guard` refuses them once we may no longer lead."""
+
+    def __init__(self, client: Client, recorder: Recorder, guard: Guard) -> None:
+        self._client = client
+        self._recorder = recorder
+        self._guard = guard
+        self.writer = Writer(client, guard=guard)
+        self._told_at: dict[tuple[str, Key], float] = {}
+        self.writes = 0
+        self.refused = 0
+
+    async def execute(self, actions: Sequence[act.Action]) -> bool:
+        """True when all were taken; false when some were refused or failed and a new plan is needed."""
+        complete = True
+        for action in actions:
+            try:
+                answer = await self._take(action)
+            except (ApiError, UnreachableError) as error:
+                log.warning("action failed", extra={"action": type(action).__name__, "error": str(error)})
+                complete = False
+                continue
+            if isinstance(answer, Refused):
+                self.refused += 1
+                complete = False
+                log.info("write refused", extra={"action": type(action).__name__, "why": answer.message})
+            elif not isinstance(answer, Unchanged):
+                self.writes += 1
+                self._tell_of(action)
+        return complete
+
+    async def _take(self, action: act.Action) -> Written[Any] | Unchanged | Refused:
+        match action:
+            case act.PublishSheet():
+                return await self._publish(action)
+            case act.ChargeNode(held, name, spec):
+                return await self._charge(held, name, spec)
+            case act.ApplyWorkload(kind, key, manifest):
+                meta = manifest["metadata"]
+                return await self.writer.apply(
+                    kind,
+                    key,
+                    {part: content for part, content in manifest.items() if part == "spec"},
+                    labels=meta["labels"],
+                    owners=tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"]),
+                )
+            case act.DeleteWorkload(held):
+                return await self.writer.delete(
+                    type(held), key_of(held), only_if=Precondition.of(held, exact=False)
+                )
+            case act.OpenGate():
+                return await self._open(action)
+            case act.DeletePod(pod):
+                return await self.writer.delete(Pod, key_of(pod), only_if=Precondition.of(pod, exact=False))
+            case act.TaintNode(node, version, taints):
+                body = {"metadata": {"resourceVersion": version}, "spec": {"taints": list(taints)}}
+                return await self._merge(object_path(Node, ("", node)), body)
+            case act.RecordCheckpoint(key, spec, owner):
+                return await self.writer.apply(Checkpoint, key, {"spec": spec}, owners=(_owner(owner),))
+            case act.WriteStatus():
+                return await self._status(action)
+            case act.Tell():
+                self._tell(action)
+                return Unchanged()
+
+    async def _status(self, action: act.WriteStatus) -> Written[Any] | Unchanged | Refused:
+        """Every ten seconds at most, unless a condition changed."""
+        slot = (type(action.held).KIND, key_of(action.held))
+        now = time.monotonic()
+        if not action.urgent and now - self._told_at.get(slot, -math.inf) < _STATUS_SECONDS:
+            return Unchanged()
+        answer = await self.writer.status(action.held, action.status)
+        if isinstance(answer, Written):
+            self._told_at[slot] = now
+        return answer
+
+    async def _publish(self, action: act.PublishSheet) -> Written[CapSheet] | Refused:
+        """P5: only over the version that was planned on, only while we lead."""
+        labels = {TREE_LABEL: action.spec.tree}
+        if action.held is None:
+            name = action.name or action.spec.domain
+            return await self.writer.create(
+                CapSheet, ("", name), {"spec": action.spec}, labels=labels, urgent=True
+            )
+        meta = msgspec.structs.replace(action.held.metadata, labels={**action.held.metadata.labels, **labels})
+        sheet = msgspec.structs.replace(action.held, metadata=meta, spec=action.spec)
+        return await self.writer.replace(sheet, urgent=True)
+
+    async def _charge(self, held: GPUNode | None, name: str, spec: GPUNodeSpec) -> Written[GPUNode] | Refused:
+        """A charge replaces the very version it was planned on; fence and quarantine are in it as they were."""
+        if held is None:
+            return await self.writer.create(GPUNode, ("", name), {"spec": spec})
+        return await self.writer.replace(msgspec.structs.replace(held, spec=spec))
+
+    async def _open(self, action: act.OpenGate) -> Written[Any] | Refused:
+        """Narrow the affinity, leave the checkpoint's name, remove our gate: one write, over one version."""
+        pod = action.pod
+        terms = [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": [action.node]}]}]
+        affinity = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        gates = [{"name": gate.name} for gate in pod.spec.scheduling_gates if gate.name != names.GATE]
+        body: dict[str, Any] = {
+            "metadata": {
+                "uid": pod.metadata.uid,
+                "resourceVersion": pod.metadata.resource_version,
+                "annotations": {names.RESTORE_ANNOTATION: action.restore_from},
+            },
+            "spec": {"schedulingGates": gates, "affinity": {"nodeAffinity": affinity}},
+        }
+        return await self._merge(object_path(Pod, key_of(pod)), body)
+
+    async def _merge(self, path: str, body: dict[str, Any]) -> Written[Any] | Refused:
+        try:
+            await self._client.request(
+                "PATCH", path, body=body, content_type=MERGE, repeatable=True, guard=self._guard
+            )
+        except ConflictError as conflict:
+            return Refused(str(conflict))
+        except NotFoundError as missing:
+            return Refused(str(missing), missing=True)
+        return Written(None)
+
+    def _tell_of(self, action: act.Action) -> None:
+        match action:
+            case act.OpenGate(pod, node, _, reason):
+                self._tell(act.Tell(pod, "PowerGranted", f"to {node}: {reason}"))
+            case act.DeletePod(pod, reason):
+                self._tell(act.Tell(pod, "Replaced", reason, "Warning"))
+            case _:
+                reason = getattr(action, "reason", "")
+                log.info("acted", extra={"action": type(action).__name__, "reason": reason})
+
+    def _tell(self, event: act.Tell) -> None:
+        self._recorder.event(event.about, event.reason, event.message, type=event.type)
+
+
+def _owner(owner: Any) -> OwnerReference:
+    return OwnerReference(
+        api_version=owner.api_version,
+        kind=type(owner).KIND,
+        name=owner.metadata.name,
+        uid=owner.metadata.uid or "",
+        controller=True,
+    )

@@ -1,0 +1,144 @@
+"""The operator's process: lead, observe, plan, act, until the leadership or the process ends.
+
+Crash-only: whatever goes wrong beyond a single request ends the process, and a new one rebuilds everything from the
+API. Kopf starts only after this process leads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import uuid
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from tokenfactory.controller.actions import Plan
+from tokenfactory.controller.actor import Actor
+from tokenfactory.controller.collector import CheckpointCollector
+from tokenfactory.controller.compose import Options, compose
+from tokenfactory.controller.metrics import Metrics
+from tokenfactory.controller.observer import Observer
+from tokenfactory.controller.reconciler import Reconciler
+from tokenfactory.controller.renewer import Renewer
+from tokenfactory.controller.shell import KopfShell
+from tokenfactory.controller.snapshot import Leadership, Snapshot
+from tokenfactory.kube.client import Client
+from tokenfactory.kube.events import Recorder
+from tokenfactory.kube.lease import Election
+
+log = logging.getLogger(__name__)
+
+
+class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the installation decides."""
+
+    namespace: str
+    plan: Options
+    kubeconfig: Path | None = None
+    lease_seconds: int = 15
+    liveness_endpoint: str | None = None
+    metrics_port: int = 0
+    metrics_address: str = ""
+
+
+async def run(options: OperatorOptions) -> None:
+    """Return after a polite stop; raise when anything ended that must not."""
+    async with await Client.connect(options.kubeconfig) as client:
+        identity = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        election = Election(
+            client, (options.namespace, "tokenfactory-operator"), identity, options.lease_seconds
+        )
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        stopping = asyncio.create_task(stop.wait())
+        acquiring = asyncio.create_task(election.acquire())
+        await asyncio.wait({stopping, acquiring}, return_when=asyncio.FIRST_COMPLETED)
+        if not acquiring.done():
+            acquiring.cancel()
+            return
+        term = acquiring.result()
+        try:
+            leadership = Leadership(term=term.number, clean_start=term.released_cleanly)
+            await _lead(client, election, leadership, options, identity, stop)
+        finally:
+            with contextlib.suppress(Exception):
+                await election.release()
+
+
+async def _lead(
+    client: Client,
+    election: Election,
+    leadership: Leadership,
+    options: OperatorOptions,
+    identity: str,
+    stop: asyncio.Event,
+) -> None:
+    recorder = Recorder(client, controller="tokenfactory", instance=identity)
+    actor = Actor(client, recorder, election.guard(margin_seconds=2.0))
+    metrics = Metrics()
+    observer = Observer(client, options.namespace)
+    reconciler = Reconciler(
+        partial(observer.snapshot, leadership), partial(_plan, options.plan, metrics), actor
+    )
+    observer.on_change(reconciler.changed)
+    renewer = Renewer(client, observer, leadership, election.guard(margin_seconds=2.0))
+    collector = CheckpointCollector(observer, actor.writer)
+    shell = KopfShell(
+        observer.stores,
+        asyncio.get_running_loop(),
+        liveness=reconciler.liveness,
+        liveness_endpoint=options.liveness_endpoint,
+        on_end=stop.set,
+    )
+    metrics.serve(options.metrics_address, options.metrics_port)
+    shell.start()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [
+                tasks.create_task(observer.run()),
+                tasks.create_task(recorder.run()),
+                tasks.create_task(_keep(election)),
+            ]
+            await _until(observer.ready(), stop)
+            if not stop.is_set():
+                log.info("everything is listed", extra={"term": leadership.term})
+                running.append(tasks.create_task(renewer.run()))
+                running.append(tasks.create_task(collector.run()))
+                running.append(tasks.create_task(reconciler.run()))
+            await stop.wait()
+            for task in running:
+                task.cancel()
+    finally:
+        stopped_by_itself = shell.ended
+        await asyncio.to_thread(shell.stop)
+    if stopped_by_itself:
+        raise RuntimeError("kopf ended by itself: this process is deaf to what people write, so it ends as well")
+
+
+def _plan(options: Options, metrics: Metrics, snapshot: Snapshot) -> Plan:
+    composed = compose(snapshot, options)
+    metrics.show(composed)
+    return composed.plan
+
+
+async def _keep(election: Election) -> None:
+    await election.keep()
+    raise RuntimeError("the leadership was lost: another operator may lead now, so this process ends")
+
+
+async def _until(work: object, stop: asyncio.Event) -> None:
+    """`work`, unless we are told to stop first."""
+    tasks = {asyncio.ensure_future(work), asyncio.create_task(stop.wait())}  # type: ignore[call-overload]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    for task in done:
+        task.result()

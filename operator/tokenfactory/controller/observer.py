@@ -1,0 +1,132 @@
+"""Observe: the caches of the fleet and the stores of what people wrote, as one snapshot for the planner."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from tokenfactory.api import names
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.checkpoint import Checkpoint
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.meta import Resource
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.power_profile import PowerProfile
+from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.controller.shell import WATCHED
+from tokenfactory.controller.snapshot import Leadership, Snapshot
+from tokenfactory.controller.store import Store
+from tokenfactory.kube.cache import Cache
+from tokenfactory.kube.client import Client
+from tokenfactory.kube.errors import ApiError, UnreachableError
+from tokenfactory.kube.lease import Heartbeats
+from tokenfactory.kube.listing import Listing
+from tokenfactory.kube.objects import Lease, Namespace, Node, Pod
+from tokenfactory.kube.resources import Key, collection_path
+
+log = logging.getLogger(__name__)
+
+
+class Observer:
+    """Holds what is seen. `ready` returns once every first list is complete."""
+
+    def __init__(self, client: Client, namespace: str) -> None:
+        self._client = client
+        self._listeners: list[Callable[[], None]] = []
+        self.stores: dict[type[Resource], Store[Any]] = {kind: Store(kind, self._changed) for kind in WATCHED}
+        self.sheets = Cache(client, CapSheet)
+        self.gpu_nodes = Cache(client, GPUNode)
+        self.nodes = Cache(client, Node)
+        self.pods = Cache(client, Pod)
+        self.deployments = Cache(client, Deployment, label_selector=names.FACTORY_LABEL)
+        self.services = Cache(client, Service, label_selector=names.FACTORY_LABEL)
+        self.namespaces = Cache(client, Namespace)
+        self.leases = Cache(client, Lease, namespace=namespace)
+        self.heartbeats = Heartbeats(self.leases)
+        self._caches: tuple[Cache[Any], ...] = (
+            self.sheets,
+            self.gpu_nodes,
+            self.nodes,
+            self.pods,
+            self.deployments,
+            self.services,
+            self.namespaces,
+        )
+        self._listed = asyncio.Event()
+        for cache in self._caches:
+            cache.on_change(lambda _: self._changed())
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` for each change of anything here."""
+        self._listeners.append(listener)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for cache in (*self._caches, self.leases):
+                tasks.create_task(cache.run())
+            tasks.create_task(self._sweep())
+
+    async def ready(self) -> None:
+        """P1 needs all of it: nothing may be decided on half a view."""
+        for cache in (*self._caches, self.leases):
+            await cache.synced()
+        await self._listed.wait()
+
+    async def _sweep(self) -> None:
+        """Complete lists of what people wrote: see `store`."""
+        while True:
+            for kind, store in self.stores.items():
+                try:
+                    page = await Listing(self._client, kind, collection_path(kind), {}, 500).read()
+                except (ApiError, UnreachableError) as error:
+                    log.warning("list failed", extra={"kind": kind.KIND, "error": str(error)})
+                    continue
+                for key, why in page.undecodable.items():
+                    store.broken(key, why)
+                store.replace_all(page.items, page.resource_version)
+            complete = all(store.complete for store in self.stores.values())
+            if complete:
+                self._listed.set()
+            await asyncio.sleep(60 if complete else 1)
+
+    def snapshot(self, leadership: Leadership) -> Snapshot:
+        silent: dict[str, float] = {}
+        for lease in self.leases:
+            name = lease.metadata.name
+            if name.startswith(names.HEARTBEAT_PREFIX):
+                seconds = self.heartbeats.silent_seconds((lease.metadata.namespace or "", name))
+                if seconds is not None:
+                    silent[name.removeprefix(names.HEARTBEAT_PREFIX)] = seconds
+        return Snapshot(
+            leadership=leadership,
+            wall=datetime.now(UTC),
+            domains=self.stores[PowerDomain].snapshot(),
+            factories=self.stores[TokenFactory].snapshot(),
+            profiles=self.stores[PowerProfile].snapshot(),
+            checkpoints=self.stores[Checkpoint].snapshot(),
+            sheets=self.sheets.snapshot().objects,
+            gpu_nodes=self.gpu_nodes.snapshot().objects,
+            nodes=self.nodes.snapshot().objects,
+            pods=self.pods.snapshot().objects,
+            deployments=self.deployments.snapshot().objects,
+            services=self.services.snapshot().objects,
+            namespaces=self.namespaces.snapshot().objects,
+            silent_seconds=silent,
+            undecodable=self._undecodable(),
+        )
+
+    def _undecodable(self) -> dict[tuple[str, Key], str]:
+        found: dict[tuple[str, Key], str] = {}
+        for store in self.stores.values():
+            found |= {(store.kind.KIND, key): why for key, why in store.undecodable.items()}
+        for cache in self._caches:
+            found |= {(cache.kind.KIND, key): why for key, why in cache.undecodable.items()}
+        return found

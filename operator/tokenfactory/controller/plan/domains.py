@@ -1,0 +1,85 @@
+"""The tree of power domains as the ledger needs it, and where every node belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokenfactory.api import names
+from tokenfactory.api.quantities import parse_power
+from tokenfactory.controller.plan.nodes import Place
+from tokenfactory.controller.plan.world import GpuHost, World
+from tokenfactory.planning.power import tree
+from tokenfactory.planning.power.ledger import Domain, NodeFacts
+
+UNKNOWN_OVERHEAD_MILLIWATTS = 3_200_000
+"""An 8-GPU server besides its GPUs, at worst; used until a domain or an agent says better."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tree now, the nodes' places in it, and what is wrong."""
+
+    tree: tree.Tree
+    domains: Mapping[str, Domain]
+    places: Mapping[str, Place]
+    facts: Mapping[str, NodeFacts]
+    problems: Mapping[str, tuple[str, str]]
+    """Domain or node → (reason, message)."""
+    seconds_to_change: float | None
+    """Until a timetable next changes a limit."""
+
+    def limit(self, domain: str) -> int:
+        now = self.tree.domains.get(domain)
+        return now.limit_milliwatts if now else 0
+
+
+def lay_out(world: World) -> Grid:
+    wall = world.snapshot.wall
+    now = tree.build(world.snapshot.domains.values(), wall)
+    problems = {problem.subject: (problem.reason, problem.message) for problem in now.problems}
+    domains = {
+        name: Domain(name, domain.parent, domain.usable_milliwatts, domain.hold_milliseconds)
+        for name, domain in now.domains.items()
+    }
+    places = {}
+    for host in world.hosts.values():
+        path = _path(now, host, problems)
+        if path:
+            places[host.name] = Place(path, _overhead(world, host, path))
+    facts = {host.name: _facts(world, host) for host in world.hosts.values()}
+    change = tree.next_change(world.snapshot.domains.values(), wall)
+    seconds = (change - wall).total_seconds() if change else None
+    return Grid(now, domains, places, facts, problems, seconds)
+
+
+def _path(now: tree.Tree, host: GpuHost, problems: dict[str, tuple[str, str]]) -> tuple[str, ...]:
+    """A node whose Node object is gone stays where it was: that proves nothing about its draw."""
+    if host.node is None:
+        return host.held.spec.path if host.held else ()
+    member = now.member(host.name, host.node.metadata.labels)
+    if member.problem is not None:
+        problems[host.name] = (member.problem.reason, member.problem.message)
+    return now.domains[member.domain].path if member.domain else ()
+
+
+def _overhead(world: World, host: GpuHost, path: tuple[str, ...]) -> int:
+    """What a person says for the deepest domain; else what the node measures; else the worst case."""
+    for name in reversed(path):
+        domain = world.snapshot.domains.get(("", name))
+        if domain is not None and domain.spec.node_overhead is not None:
+            return parse_power(domain.spec.node_overhead)
+    measured = host.held.status.overhead_milliwatts if host.held else 0
+    return measured or UNKNOWN_OVERHEAD_MILLIWATTS
+
+
+def _facts(world: World, host: GpuHost) -> NodeFacts:
+    taints = host.node.spec.taints if host.node else ()
+    tainted = any(
+        taint.key == names.MANAGED_TAINT and taint.effect in {"NoSchedule", "NoExecute"} for taint in taints
+    )
+    return NodeFacts(
+        guarded=tainted and not world.foreign.get(host.name),
+        nameplate_milliwatts=UNKNOWN_OVERHEAD_MILLIWATTS + host.gpu_count * 1_200_000,
+        heard=host.silent_seconds is not None and not world.lost(host),
+    )

@@ -1,0 +1,157 @@
+"""Who is charged where: the spec of each GPUNode, from the node's place in the tree and the pods that it may run.
+
+A GPUNode's spec is a charge that agents act upon, so it shrinks in two steps (see planning/power/grants.py): what
+goes is first marked as released, or kept as a former path, and is taken off only when the agent has reported that it
+obeys the spec without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from tokenfactory.api import names
+from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, PodGrant
+from tokenfactory.controller.actions import Action, ChargeNode, TaintNode
+from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.kube.objects import Node
+from tokenfactory.planning.power import grants
+from tokenfactory.planning.power.ledger import Ledger, NodeFacts
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node belongs and what it draws besides its GPUs."""
+
+    path: Path
+    overhead_milliwatts: int
+
+
+def charge_nodes(
+    world: World,
+    ledger: Ledger,
+    places: Mapping[str, Place],
+    facts: Mapping[str, NodeFacts],
+    granted: Mapping[str, list[Replica]],
+    *,
+    taint: bool,
+) -> list[Action]:
+    """One write for each node whose charge is not what it should be. `granted` are new, admitted pods by node."""
+    actions: list[Action] = []
+    claims = {name for kind, name in _unclaimed(ledger) if kind == "GPUNode"}
+    term = world.snapshot.leadership.term
+    for host in world.hosts.values():
+        place = places.get(host.name)
+        if host.held is None:
+            if place is not None:
+                spec = GPUNodeSpec(path=place.path, overhead_milliwatts=place.overhead_milliwatts, term=term)
+                actions.append(ChargeNode(None, host.name, spec, f"under {'/'.join(place.path)}"))
+            continue
+        held = host.held
+        spec = _spec(world, ledger, host, held, place, facts[host.name], granted.get(host.name, []))
+        if spec == held.spec and host.name not in claims:
+            if taint and place is not None:
+                actions += _taint(host.node)
+            continue
+        reason = "claimed in a new term" if spec == held.spec else _difference(held.spec, spec)
+        spec = msgspec.structs.replace(spec, term=max(term, held.spec.term))
+        actions.append(ChargeNode(held, host.name, spec, reason))
+    return actions
+
+
+def _unclaimed(ledger: Ledger) -> list[tuple[str, str]]:
+    trees = sorted({ledger.tree(domain) for domain in ledger.domains})
+    return [entry for tree in trees for entry in ledger.unclaimed(tree)]
+
+
+def _spec(
+    world: World,
+    ledger: Ledger,
+    host: GpuHost,
+    held: GPUNode,
+    place: Place | None,
+    facts: NodeFacts,
+    new: list[Replica],
+) -> GPUNodeSpec:
+    """Each step sees the node as the one before leaves it."""
+    node = held
+
+    def so(spec: GPUNodeSpec) -> GPUNode:
+        return msgspec.structs.replace(node, spec=spec)
+
+    node = so(grants.collected(node, facts))
+    if node.spec.former_paths:
+        settled = so(grants.settled_path(node))
+        if settled.spec != node.spec and ledger.admit_spec(settled):
+            node = settled
+    path = place.path if place else ()
+    moved = grants.moved(node, path) if path else None
+    if moved is not None:
+        node = so(moved)
+    for old in node.spec.pods:
+        node = so(_renewed(world, node, old))
+    for replica in new:
+        node = so(grants.granted(node, new_grant(replica, host)))
+    overhead = place.overhead_milliwatts if place else node.spec.overhead_milliwatts
+    return msgspec.structs.replace(node.spec, overhead_milliwatts=overhead)
+
+
+def _renewed(world: World, node: GPUNode, grant: PodGrant) -> GPUNodeSpec:
+    """With this grant as it should be now: its address known, or on its way out."""
+    replica = world.by_uid.get(grant.uid)
+    if replica is None or replica.finished or replica.node not in {"", node.metadata.name}:
+        return grants.released(node, grant.uid)
+    address = replica.pod.status.pod_ip
+    metrics = f"http://{address}:{names.NIM_PORT}/v1/metrics" if address else grant.metrics
+    if grant.released or grant.metrics == metrics:
+        return node.spec
+    pods = tuple(
+        msgspec.structs.replace(pod, metrics=metrics) if pod.uid == grant.uid else pod
+        for pod in node.spec.pods
+    )
+    return msgspec.structs.replace(node.spec, pods=pods)
+
+
+def new_grant(replica: Replica, host: GpuHost) -> PodGrant:
+    return PodGrant(
+        namespace=replica.pod.metadata.namespace or "",
+        name=replica.name,
+        uid=replica.uid,
+        class_name=replica.class_on(host.product),
+        gpus=replica.model.gpus_per_replica,
+    )
+
+
+def _taint(node: Node | None) -> list[Action]:
+    """Foreign pods on a managed node would be charged in full: keep them off unless they say that they know."""
+    if node is None or any(taint.key == names.MANAGED_TAINT for taint in node.spec.taints):
+        return []
+    kept = [{"key": taint.key, "value": taint.value, "effect": taint.effect} for taint in node.spec.taints]
+    ours = {"key": names.MANAGED_TAINT, "value": "true", "effect": "NoSchedule"}
+    version = node.metadata.resource_version or ""
+    return [TaintNode(node.metadata.name, version, (*kept, ours), "it belongs to a power domain")]
+
+
+def _difference(held: GPUNodeSpec, spec: GPUNodeSpec) -> str:
+    before = {grant.uid: grant for grant in held.pods}
+    after = {grant.uid: grant for grant in spec.pods}
+    parts = [
+        f"charged for {grant.namespace}/{grant.name}" for uid, grant in after.items() if uid not in before
+    ]
+    parts += [
+        f"{grant.namespace}/{grant.name} released"
+        for uid, grant in after.items()
+        if grant.released and uid in before and not before[uid].released
+    ]
+    parts += [
+        f"{grant.namespace}/{grant.name} off the books" for uid, grant in before.items() if uid not in after
+    ]
+    if held.path != spec.path:
+        parts.append(f"now under {'/'.join(spec.path) or 'no domain'}")
+    if held.former_paths and not spec.former_paths:
+        parts.append("its former path is no longer obeyed")
+    return ", ".join(parts) or "facts renewed"

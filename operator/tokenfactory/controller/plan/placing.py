@@ -1,0 +1,119 @@
+"""Gated pods: which node each goes to, when it is charged there, and when its gate opens.
+
+Three steps, each visible in the API before the next: the node is chosen (and the market counts the pod there, so that
+its watts are taken from others first); the grant is written once the ledger admits it; the gate opens once the node's
+agent obeys that grant with limits read back in this boot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.checkpoint import Checkpoint
+from tokenfactory.controller.actions import Action, OpenGate
+from tokenfactory.controller.plan.nodes import new_grant
+from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.planning.power.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A gated replica and the node chosen for it."""
+
+    replica: Replica
+    node: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """A gated replica that waits, and for what."""
+
+    replica: Replica
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Granting:
+    """What may be charged in this round, and what must wait for which watts."""
+
+    granted: Mapping[str, list[Replica]] = field(default_factory=dict)
+    waiting: tuple[Unplaced, ...] = ()
+
+
+def grant(world: World, ledger: Ledger, wishes: list[Wish]) -> Granting:
+    """P3: the charge is admitted by every domain, at once and by every sheet that may be obeyed, or it waits."""
+    granted: dict[str, list[Replica]] = {}
+    waiting = []
+    for wish in wishes:
+        host = world.hosts[wish.node]
+        admission = ledger.admit(
+            wish.node, wish.replica.class_on(host.product), wish.replica.model.gpus_per_replica
+        )
+        if not admission.admitted or host.held is None:
+            waiting.append(Unplaced(wish.replica, "WaitingForWatts", "; ".join(admission.why)))
+            continue
+        granted.setdefault(wish.node, []).append(wish.replica)
+        pods = tuple(new_grant(replica, host) for replica in granted[wish.node])
+        spec = msgspec.structs.replace(host.held.spec, pods=(*host.held.spec.pods, *pods))
+        ledger = ledger.with_node(msgspec.structs.replace(host.held, spec=spec))
+    return Granting(granted, tuple(waiting))
+
+
+def open_gates(world: World) -> list[Action]:
+    """Pods whose charge stands in the API and is obeyed by the agent that must cap them."""
+    actions: list[Action] = []
+    for host in world.hosts.values():
+        for granted in host.grants:
+            replica = world.by_uid.get(granted.uid)
+            if replica is None or not replica.gated or granted.released or replica.terminating:
+                continue
+            if _obeyed(world, host, granted.class_name):
+                where = restore_point(world, replica, host)
+                actions.append(
+                    OpenGate(replica.pod, host.name, where, "its watts are charged and its cap is obeyed")
+                )
+    return actions
+
+
+def _obeyed(world: World, host: GpuHost, class_name: str) -> bool:
+    """The agent acknowledged this spec, and on its whole path sheets that name the class."""
+    if not host.acknowledged or host.fenced or world.lost(host):
+        return False
+    assert host.held is not None
+    applied = {entry.domain: entry.epoch for entry in host.held.status.applied}
+    for domain in host.held.spec.path:
+        sheet = world.snapshot.sheets.get(("", domain))
+        if sheet is None or not _names(sheet, class_name) or applied.get(domain, 0) < sheet.spec.epoch:
+            return False
+    return True
+
+
+def _names(sheet: CapSheet, class_name: str) -> bool:
+    return any(cap.class_name == class_name for cap in sheet.spec.caps)
+
+
+def restore_point(world: World, replica: Replica, host: GpuHost) -> str:
+    """`<folder>@<digest>` of the newest good checkpoint of this model that fits this product, or empty."""
+    fitting: list[Checkpoint] = []
+    for checkpoint in world.snapshot.checkpoints.values():
+        spec = checkpoint.spec
+        if checkpoint.metadata.namespace != replica.pod.metadata.namespace:
+            continue
+        if (spec.factory, spec.model) != (replica.factory.metadata.name, replica.model.name):
+            continue
+        if checkpoint.status.phase in {"Corrupt", "Failed"}:
+            continue
+        if spec.location.claim != (replica.model.checkpoint.claim or ""):
+            continue
+        if spec.identity.gpu_product in {"", host.product}:
+            fitting.append(checkpoint)
+    if not fitting:
+        return ""
+    newest = max(fitting, key=lambda found: (found.metadata.creation_timestamp or "", found.metadata.name))
+    return f"{newest.spec.location.path}@{newest.spec.digest}"

@@ -1,0 +1,318 @@
+"""Statuses of domains and factories: the ledger, the meters and the plan's own reasons, in an SRE's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tokenfactory.api import names
+from tokenfactory.api.gpu_node import PodMeter
+from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus, Waiting
+from tokenfactory.api.quantities import Milliwatts, parse_decimal, parse_power_or_percent
+from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory, TokenFactoryStatus
+from tokenfactory.controller.actions import Action, WriteStatus
+from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.placing import Unplaced
+from tokenfactory.controller.plan.status import (
+    Verdict,
+    at_most,
+    cap_range,
+    conditions,
+    decimal,
+    same,
+    turned,
+    watts,
+)
+from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.publish import Wait
+
+
+def domain_status(
+    world: World, grid: Grid, ledger: Ledger, waits: Sequence[Wait], domain: PowerDomain
+) -> list[Action]:
+    name = domain.metadata.name
+    known = grid.domains.get(name)
+    charge, limit = ledger.charge(name) if known else 0, grid.limit(name)
+    lost = ledger.lost(name) if known else ()
+    nodes = [host for host in world.hosts.values() if host.held and name in host.held.spec.path]
+    sheet = world.snapshot.sheets.get(("", name))
+    verdicts = _domain_verdicts(world, grid, ledger, name, lost)
+    status = PowerDomainStatus(
+        observed_generation=domain.metadata.generation,
+        conditions=conditions(
+            domain.status.conditions, verdicts, domain.metadata.generation, world.snapshot.wall
+        ),
+        limit=at_most(limit),
+        usable=at_most(known.usable_milliwatts) if known else "",
+        charge=watts(charge),
+        draw=watts(sum(host.held.status.draw_milliwatts for host in nodes if host.held)),
+        headroom=at_most(known.usable_milliwatts - charge) if known else "",
+        bound_by=grid.tree.domains[name].bound_by if known else "",
+        epoch=sheet.spec.epoch if sheet else 0,
+        nodes=len(nodes),
+        gpus=sum(host.gpu_count for host in nodes),
+        lost_nodes=len(lost),
+        waiting=tuple(
+            Waiting(what=wait.class_name, reason=wait.reason, message=str(wait)[:1024])
+            for wait in waits
+            if wait.domain == name
+        )[:16],
+    )
+    if same(status, domain.status):
+        return []
+    return [WriteStatus(domain, status, urgent=turned(domain.status.conditions, status.conditions))]
+
+
+def _domain_verdicts(
+    world: World, grid: Grid, ledger: Ledger, name: str, lost: Sequence[str]
+) -> dict[str, Verdict]:
+    if name in grid.problems:
+        reason, message = grid.problems[name]
+        if name not in grid.domains:
+            return dict.fromkeys(("Compliant", "Enforced", "Feasible"), (False, reason, message))
+    known = grid.domains[name]
+    charge = ledger.charge(name)
+    if charge <= known.usable_milliwatts:
+        compliant: Verdict = (True, "WithinLimit", "the charge of its nodes fits the limit")
+    else:
+        over = watts(charge - known.usable_milliwatts)
+        compliant = (
+            False,
+            "OverCharged",
+            f"its nodes may draw {over} more than it may: only decreases happen",
+        )
+    behind = _behind(world, name)
+    if behind:
+        enforced: Verdict = (
+            False,
+            "AgentsBehind",
+            f"not read back yet by {', '.join(behind[:5])} ({len(behind)} in all)",
+        )
+    elif lost:
+        enforced = (
+            True,
+            "ReachableEnforced",
+            f"read back by all reachable agents; silent and still charged: {', '.join(lost[:5])}",
+        )
+    else:
+        enforced = (True, "ReadBack", "every agent has read back what the sheet says")
+    fallback = ledger.fallback_load(name)
+    if name in grid.problems:
+        return {"Compliant": compliant, "Enforced": enforced, "Feasible": (False, *grid.problems[name])}
+    if fallback <= known.usable_milliwatts:
+        feasible: Verdict = (
+            True,
+            "FallbacksFit",
+            "without the operator its nodes fall back within the limit",
+        )
+    else:
+        lack = watts(fallback - known.usable_milliwatts)
+        feasible = (
+            False,
+            "FloorsTooHigh",
+            f"even at their minimum its nodes need {lack} more: move nodes or raise the limit",
+        )
+    return {"Compliant": compliant, "Enforced": enforced, "Feasible": feasible}
+
+
+def _behind(world: World, domain: str) -> list[str]:
+    sheet = world.snapshot.sheets.get(("", domain))
+    found = []
+    for host in world.hosts.values():
+        if (
+            sheet is None
+            or host.held is None
+            or domain not in host.held.spec.path
+            or world.lost(host)
+            or host.fenced
+        ):
+            continue
+        applied = {entry.domain: entry.epoch for entry in host.held.status.applied}
+        if host.silent_seconds is not None and applied.get(domain, 0) < sheet.spec.epoch:
+            found.append(host.name)
+    return found
+
+
+def factory_status(
+    world: World,
+    grid: Grid,
+    ledger: Ledger,
+    desired: Mapping[str, int],
+    incidents: Sequence[Incident],
+    storm: str,
+    waiting: Sequence[Unplaced],
+    factory: TokenFactory,
+) -> list[Action]:
+    replicas = world.replicas_of(factory)
+    meters = _meters(world)
+    models = tuple(
+        _model_status(world, ledger, factory, model, desired[model.name], replicas, meters)
+        for model in factory.spec.models
+    )
+    ready = sum(model.ready for model in models)
+    wanted = sum(model.desired for model in models)
+    budget = _budget(grid, factory)
+    charge = sum(_class_charge(ledger, factory, model) for model in factory.spec.models)
+    rate, per_joule = _totals(replicas, meters)
+    status = TokenFactoryStatus(
+        observed_generation=factory.metadata.generation,
+        conditions=conditions(
+            factory.status.conditions,
+            _factory_verdicts(
+                factory, grid, ready, wanted, charge, budget, per_joule, incidents, storm, waiting
+            ),
+            factory.metadata.generation,
+            world.snapshot.wall,
+        ),
+        budget=at_most(budget),
+        charge=watts(charge),
+        draw=watts(round(sum(_draw(world, replica) for replica in replicas))),
+        tokens_per_second=decimal(rate, 0),
+        tokens_per_joule=decimal(per_joule) if per_joule else "",
+        ready=f"{ready}/{wanted}",
+        models=models,
+        waiting=tuple(
+            Waiting(what=entry.replica.name, reason=entry.reason, message=entry.message[:1024])
+            for entry in waiting
+        )[:16],
+        incidents=tuple(incidents),
+    )
+    if same(status, factory.status):
+        return []
+    urgent = (
+        turned(factory.status.conditions, status.conditions) or status.incidents != factory.status.incidents
+    )
+    return [WriteStatus(factory, status, urgent=urgent)]
+
+
+def _factory_verdicts(
+    factory: TokenFactory,
+    grid: Grid,
+    ready: int,
+    wanted: int,
+    charge: int,
+    budget: int,
+    per_joule: float,
+    incidents: Sequence[Incident],
+    storm: str,
+    waiting: Sequence[Unplaced],
+) -> dict[str, Verdict]:
+    domain = factory.spec.power.domain
+    if domain not in grid.domains:
+        missing = (
+            f"power domain {domain} does not exist or cannot be used: create it, or correct spec.power.domain"
+        )
+        is_ready: Verdict = (False, "NoDomain", missing)
+    elif ready >= wanted:
+        is_ready = (True, "AllReady", f"all {wanted} replicas serve")
+    else:
+        first = f"; {waiting[0].replica.name}: {waiting[0].message}" if waiting else ""
+        is_ready = (
+            False,
+            waiting[0].reason if waiting else "Starting",
+            f"{ready} of {wanted} replicas serve{first}",
+        )
+    within: Verdict = (True, "WithinBudget", "its charge fits its budget")
+    if charge > budget:
+        within = (False, "OverBudget", f"it may draw {watts(charge - budget)} more than its budget")
+    efficiency: Verdict = (True, "NoTarget", "no target is set")
+    if factory.spec.efficiency is not None:
+        target = float(parse_decimal(factory.spec.efficiency.tokens_per_joule))
+        if not per_joule:
+            efficiency = (None, "NotMeasured", "no tokens were counted yet")
+        elif per_joule >= target:
+            efficiency = (
+                True,
+                "TargetMet",
+                f"measured over the last window of each replica; the target is {target:g}",
+            )
+        else:
+            efficiency = (False, "BelowTarget", f"the target of {target:g} tokens per joule is not met")
+    open_incidents = [incident for incident in incidents if incident.phase != "Closed"]
+    recovered: Verdict = (True, "NoIncident", "nothing is being recovered")
+    if storm:
+        recovered = (False, "Storm", storm)
+    elif open_incidents:
+        one = open_incidents[0]
+        recovered = (
+            False,
+            one.phase,
+            f"{len(open_incidents)} open; {one.pod} of {one.model} on {one.node}: {one.phase}",
+        )
+    return {"Ready": is_ready, "WithinBudget": within, "EfficiencyMet": efficiency, "Recovered": recovered}
+
+
+def _model_status(
+    world: World,
+    ledger: Ledger,
+    factory: TokenFactory,
+    model: ModelSpec,
+    desired: int,
+    replicas: Sequence[Replica],
+    meters: Mapping[str, PodMeter],
+) -> ModelStatus:
+    mine = [replica for replica in replicas if replica.model.name == model.name]
+    rate, per_joule = _totals(mine, meters)
+    caps = {
+        gpu.enforced_milliwatts
+        for host in world.hosts.values()
+        if host.held
+        for gpu in host.held.status.gpus
+        if names.class_owner(gpu.class_name)
+        == (factory.metadata.namespace, factory.metadata.name, model.name)
+    }
+    return ModelStatus(
+        name=model.name,
+        desired=desired,
+        ready=sum(replica.ready for replica in mine),
+        tokens_per_second=decimal(rate, 0),
+        tokens_per_joule=decimal(per_joule) if per_joule else "",
+        charge=watts(_class_charge(ledger, factory, model)),
+        cap=cap_range(caps),
+    )
+
+
+def _class_charge(ledger: Ledger, factory: TokenFactory, model: ModelSpec) -> int:
+    """What the ledger charges for this model's GPUs, wherever they may be drawing."""
+    owner = (factory.metadata.namespace, factory.metadata.name, model.name)
+    total = 0
+    for entry in ledger.entries.values():
+        for demand in entry.line.demands:
+            if names.class_owner(demand.class_name) == owner:
+                total += demand.charge(ledger.highest(entry.line, demand.class_name))
+    return total
+
+
+def _budget(grid: Grid, factory: TokenFactory) -> int:
+    domain = grid.domains.get(factory.spec.power.domain)
+    usable = domain.usable_milliwatts if domain else 0
+    if factory.spec.power.budget is None:
+        return usable
+    limit = grid.limit(factory.spec.power.domain)
+    return min(usable, parse_power_or_percent(factory.spec.power.budget, Milliwatts(limit)))
+
+
+def _meters(world: World) -> dict[str, PodMeter]:
+    return {
+        meter.uid: meter
+        for host in world.hosts.values()
+        if host.held and not world.lost(host)
+        for meter in host.held.status.meters
+    }
+
+
+def _totals(replicas: Sequence[Replica], meters: Mapping[str, PodMeter]) -> tuple[float, float]:
+    """(tokens per second, tokens per joule) over the replicas that are metered."""
+    mine = [meters[replica.uid] for replica in replicas if replica.uid in meters]
+    rate = sum(meter.tokens_per_kilosecond for meter in mine) / 1000
+    joules = sum(meter.millijoules for meter in mine) / 1000
+    tokens = sum(meter.generated_tokens for meter in mine)
+    return rate, tokens / joules if joules else 0.0
+
+
+def _draw(world: World, replica: Replica) -> float:
+    """The node's draw, shared out over its GPUs: what a replica draws itself is a metric, not a status."""
+    host = world.hosts.get(replica.node)
+    if host is None or host.held is None or world.lost(host) or not host.gpu_count:
+        return 0.0
+    return host.held.status.draw_milliwatts * replica.model.gpus_per_replica / host.gpu_count

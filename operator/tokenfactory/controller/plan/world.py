@@ -1,0 +1,197 @@
+"""What is there: replicas with their models, nodes with their agents, told from the snapshot once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from tokenfactory.api import names
+from tokenfactory.api.gpu_node import GPUNode, PodGrant
+from tokenfactory.api.quantities import parse_duration
+from tokenfactory.api.token_factory import ModelSpec, TokenFactory
+from tokenfactory.controller.snapshot import Snapshot
+from tokenfactory.kube.objects import Node, Pod
+from tokenfactory.kube.resources import Key, key_of
+
+DEFAULT_DETECT_SECONDS = 15.0
+_FINISHED = frozenset({"Succeeded", "Failed"})
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A pod of a model of a factory."""
+
+    pod: Pod
+    factory: TokenFactory
+    model: ModelSpec
+
+    @property
+    def uid(self) -> str:
+        return self.pod.metadata.uid or ""
+
+    @property
+    def name(self) -> str:
+        return self.pod.metadata.name
+
+    @property
+    def node(self) -> str:
+        return self.pod.spec.node_name
+
+    @property
+    def gated(self) -> bool:
+        return any(gate.name == names.GATE for gate in self.pod.spec.scheduling_gates)
+
+    @property
+    def terminating(self) -> bool:
+        return self.pod.metadata.deletion_timestamp is not None
+
+    @property
+    def finished(self) -> bool:
+        return self.pod.status.phase in _FINISHED
+
+    @property
+    def ready(self) -> bool:
+        return not self.terminating and any(
+            condition.type == "Ready" and condition.status == "True"
+            for condition in self.pod.status.conditions
+        )
+
+    def class_on(self, product: str) -> str:
+        """The class of its GPUs on a node of that product."""
+        namespace = self.pod.metadata.namespace or ""
+        return names.class_name(namespace, self.factory.metadata.name, self.model.name, product)
+
+
+@dataclass(frozen=True)
+class GpuHost:
+    """A node with GPUs: the Node object, its GPUNode (None: not made yet), how long its agent has been silent."""
+
+    name: str
+    node: Node | None
+    held: GPUNode | None
+    silent_seconds: float | None
+
+    @property
+    def product(self) -> str:
+        """As NVML names it; known once the agent has reported."""
+        gpus = self.held.status.gpus if self.held else ()
+        return gpus[0].product if gpus else ""
+
+    @property
+    def gpu_count(self) -> int:
+        if self.held and self.held.status.gpus:
+            return len(self.held.status.gpus)
+        capacity = self.node.status.allocatable.get(names.GPU_RESOURCE, "0") if self.node else "0"
+        return int(capacity) if capacity.isdigit() else 0
+
+    @property
+    def grants(self) -> tuple[PodGrant, ...]:
+        return self.held.spec.pods if self.held else ()
+
+    @property
+    def fenced(self) -> bool:
+        return self.held is not None and self.held.spec.fence is not None
+
+    @property
+    def acknowledged(self) -> bool:
+        """The agent obeys the spec as it stands, with limits read back in this boot."""
+        held = self.held
+        if held is None:
+            return False
+        return held.status.observed_generation >= held.metadata.generation and held.status.capped
+
+    @property
+    def node_ready(self) -> bool:
+        if self.node is None:
+            return False
+        return any(
+            condition.type == "Ready" and condition.status == "True"
+            for condition in self.node.status.conditions
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """The snapshot with its relations made plain."""
+
+    snapshot: Snapshot
+    replicas: tuple[Replica, ...]
+    hosts: Mapping[str, GpuHost]
+    foreign: Mapping[str, tuple[Pod, ...]] = field(default_factory=dict)
+    """By node: pods with GPUs that belong to no factory."""
+
+    @cached_property
+    def by_uid(self) -> Mapping[str, Replica]:
+        return {replica.uid: replica for replica in self.replicas}
+
+    @cached_property
+    def granted_on(self) -> Mapping[str, str]:
+        """Pod UID → the node that it is charged on."""
+        return {
+            grant.uid: host.name
+            for host in self.hosts.values()
+            for grant in host.grants
+            if not grant.released
+        }
+
+    def replicas_of(self, factory: TokenFactory, model: ModelSpec | None = None) -> list[Replica]:
+        key = key_of(factory)
+        return [
+            replica
+            for replica in self.replicas
+            if key_of(replica.factory) == key and (model is None or replica.model.name == model.name)
+        ]
+
+    def detect_seconds(self, factory: TokenFactory) -> float:
+        return parse_duration(factory.spec.recovery.detect_after) / 1000
+
+    def lost(self, host: GpuHost, after_seconds: float = DEFAULT_DETECT_SECONDS) -> bool:
+        """Its agent had been heard and has fallen silent. Whether it still draws is another question."""
+        return host.silent_seconds is not None and host.silent_seconds > after_seconds
+
+
+def see(snapshot: Snapshot) -> World:
+    replicas = []
+    foreign: dict[str, list[Pod]] = {}
+    for pod in snapshot.pods.values():
+        owner = _owner(pod, snapshot.factories)
+        if owner is not None:
+            replicas.append(Replica(pod, *owner))
+        elif pod.spec.node_name and pod.status.phase not in _FINISHED and _asks_gpus(pod):
+            foreign.setdefault(pod.spec.node_name, []).append(pod)
+    hosts = {
+        name: GpuHost(
+            name=name,
+            node=snapshot.nodes.get(("", name)),
+            held=snapshot.gpu_nodes.get(("", name)),
+            silent_seconds=snapshot.silent_seconds.get(name),
+        )
+        for name in sorted(_gpu_node_names(snapshot))
+    }
+    replicas.sort(key=lambda replica: (replica.pod.metadata.namespace or "", replica.name))
+    return World(snapshot, tuple(replicas), hosts, {name: tuple(pods) for name, pods in foreign.items()})
+
+
+def _owner(pod: Pod, factories: Mapping[Key, TokenFactory]) -> tuple[TokenFactory, ModelSpec] | None:
+    labels = pod.metadata.labels
+    factory = factories.get((pod.metadata.namespace or "", labels.get(names.FACTORY_LABEL, "")))
+    if factory is None:
+        return None
+    wanted = labels.get(names.MODEL_LABEL)
+    return next(((factory, model) for model in factory.spec.models if model.name == wanted), None)
+
+
+def _asks_gpus(pod: Pod) -> bool:
+    return any(
+        container.resources.limits.get(names.GPU_RESOURCE, "0") != "0" for container in pod.spec.containers
+    )
+
+
+def _gpu_node_names(snapshot: Snapshot) -> set[str]:
+    found = {name for _, name in snapshot.gpu_nodes}
+    for node in snapshot.nodes.values():
+        labelled = node.metadata.labels.get("nvidia.com/gpu.present") == "true"
+        if labelled or node.status.allocatable.get(names.GPU_RESOURCE, "0") not in {"0", ""}:
+            found.add(node.metadata.name)
+    return found

@@ -1,0 +1,71 @@
+"""The one loop: something changed → observe → plan → act.
+
+Any number of changes between two rounds become one. A short pause lets a burst (a hundred agents acknowledging one
+sheet) gather; a lowered limit does not wait for it. `progress` says when a round last ended, which is what liveness
+means here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from tokenfactory.controller.actions import Plan
+from tokenfactory.controller.actor import Actor
+from tokenfactory.controller.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Plans over the whole snapshot each time: level-triggered, so a lost event costs a delay and nothing else."""
+
+    def __init__(
+        self,
+        observe: Callable[[], Snapshot],
+        plan: Callable[[Snapshot], Plan],
+        actor: Actor,
+        *,
+        gather_seconds: float = 0.05,
+        retry_seconds: float = 1.0,
+    ) -> None:
+        self._observe = observe
+        self._plan = plan
+        self._actor = actor
+        self._gather = gather_seconds
+        self._retry = retry_seconds
+        self._dirty = asyncio.Event()
+        self.rounds = 0
+        self.last_round_at = time.monotonic()
+        self.last_seconds = 0.0
+
+    def changed(self) -> None:
+        self._dirty.set()
+
+    async def run(self) -> None:
+        self._dirty.set()
+        wait = 0.0
+        while True:
+            try:
+                await asyncio.wait_for(self._dirty.wait(), wait or None)
+            except TimeoutError:
+                pass
+            else:
+                await asyncio.sleep(self._gather)
+            self._dirty.clear()
+            started = time.monotonic()
+            plan = self._plan(self._observe())
+            complete = await self._actor.execute(plan.actions)
+            self.rounds += 1
+            self.last_round_at = time.monotonic()
+            self.last_seconds = self.last_round_at - started
+            wait = plan.again_after_seconds if complete else min(self._retry, plan.again_after_seconds)
+
+    def liveness(self, longest_seconds: float = 180.0) -> str:
+        """Raises once no round has ended for too long."""
+        silent = time.monotonic() - self.last_round_at
+        if silent > longest_seconds:
+            raise RuntimeError(f"no reconcile round has ended for {silent:.0f} s")
+        return f"round {self.rounds}, {silent:.0f} s ago"

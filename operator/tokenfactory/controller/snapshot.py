@@ -1,0 +1,47 @@
+"""Everything that a plan may look at, at one moment. Nothing in it ever changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.checkpoint import Checkpoint
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.power_profile import PowerProfile
+from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.kube.objects import Namespace, Node, Pod
+from tokenfactory.kube.resources import Key
+
+
+@dataclass(frozen=True)
+class Leadership:
+    """Under which term we write, and whether the last writes of the term before may still arrive."""
+
+    term: int
+    clean_start: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    leadership: Leadership
+    wall: datetime
+    """For timetables and for what people read; nothing is trusted by it."""
+    domains: Mapping[Key, PowerDomain] = field(default_factory=dict)
+    factories: Mapping[Key, TokenFactory] = field(default_factory=dict)
+    profiles: Mapping[Key, PowerProfile] = field(default_factory=dict)
+    checkpoints: Mapping[Key, Checkpoint] = field(default_factory=dict)
+    sheets: Mapping[Key, CapSheet] = field(default_factory=dict)
+    gpu_nodes: Mapping[Key, GPUNode] = field(default_factory=dict)
+    nodes: Mapping[Key, Node] = field(default_factory=dict)
+    pods: Mapping[Key, Pod] = field(default_factory=dict)
+    deployments: Mapping[Key, Deployment] = field(default_factory=dict)
+    services: Mapping[Key, Service] = field(default_factory=dict)
+    namespaces: Mapping[Key, Namespace] = field(default_factory=dict)
+    silent_seconds: Mapping[str, float] = field(default_factory=dict)
+    """By node: how long its agent has been silent, on our own clock; absent: it never had one."""
+    undecodable: Mapping[tuple[str, Key], str] = field(default_factory=dict)
+    """(kind, key) → why: these objects are not as the snapshot shows them."""

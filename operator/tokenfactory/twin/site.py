@@ -1,0 +1,189 @@
+"""A whole small site on this machine: control plane, chart, operator, GPU nodes. What the demo and the tests stand on.
+
+The operator and the agents run as processes of this product under the service accounts and the RBAC that the chart
+grants; everything else of the chart is applied as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+import yaml
+
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.meta import Resource
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.twin.cluster import Cluster
+from tokenfactory.twin.fleet import OPERATOR_ACCOUNT, SYSTEM_NAMESPACE, Fleet, NodePlan
+from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, gpu_truth
+from tokenfactory.twin.nvml import product_named
+from tokenfactory.twin.toolchain import ensure_helm
+
+T = TypeVar("T", bound=Resource)
+CHART = Path(__file__).resolve().parents[3] / "charts" / "tokenfactory"
+_RUN_AS_PROCESSES = frozenset({"Deployment", "DaemonSet"})
+SAMPLE_SECONDS = 0.05
+
+
+class SiteError(RuntimeError):
+    """The site did not come to where it should; the message says what is missing and where to look."""
+
+
+class Site:
+    """`async with Site(cluster, folder, plans) as site:` then apply manifests and wait for what they do."""
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, plans: list[NodePlan], *, cold_seconds: float = 3.0
+    ) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.fleet = Fleet(cluster, folder, plans, cold_seconds=cold_seconds)
+        self.breaches: list[Breach] = []
+        self.samples = 0
+        self._domains: list[PowerDomain] = []
+        self._overheads: dict[str, int] = {}
+        self._operator: subprocess.Popen[bytes] | None = None
+        self._sampler: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(install_chart, self.cluster)
+        await self.fleet.__aenter__()
+        self.start_operator()
+        self._sampler = asyncio.create_task(self._sample())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._sampler is not None:
+            self._sampler.cancel()
+            await asyncio.gather(self._sampler, return_exceptions=True)
+        await asyncio.to_thread(self.stop_operator)
+        await self.fleet.__aexit__(*exc)
+
+    # --- the operator
+
+    def start_operator(self) -> None:
+        kubeconfig = self.cluster.kubeconfig_for_service_account(SYSTEM_NAMESPACE, OPERATOR_ACCOUNT)
+        env = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "LANG") if key in os.environ}
+        command = [
+            *(sys.executable, "-m", "tokenfactory.cli", "operator"),
+            f"--namespace={SYSTEM_NAMESPACE}",
+            "--lease-seconds=6",
+        ]
+        with (self.folder / "operator.log").open("ab") as output:
+            self._operator = subprocess.Popen(
+                command, env=env | {"KUBECONFIG": str(kubeconfig)}, stdout=output, stderr=output
+            )
+
+    def stop_operator(self, *, kill: bool = False) -> None:
+        if self._operator is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._operator.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        try:
+            self._operator.wait(20)
+        except subprocess.TimeoutExpired:
+            self._operator.kill()
+            self._operator.wait(20)
+        self._operator = None
+
+    # --- looking and waiting
+
+    async def apply(self, text: str) -> None:
+        await asyncio.to_thread(self.cluster.kubectl, "apply", "--server-side", "-f", "-", input=text)
+
+    async def get(self, *what: str) -> Any:
+        answer = await asyncio.to_thread(self.cluster.kubectl, "get", *what, "-o", "json")
+        return json.loads(answer.stdout)
+
+    async def wait(self, what: str, ready: Callable[[], Any], seconds: float) -> Any:
+        """Until `ready()` (awaited) is truthy; its value. Says what was missing when it takes too long."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            found = await ready()
+            if found:
+                return found
+            if self._operator is not None and self._operator.poll() is not None:
+                raise SiteError(
+                    f"the operator ended with {self._operator.returncode}: see {self.folder}/operator.log"
+                )
+            if asyncio.get_running_loop().time() > deadline:
+                raise SiteError(f"after {seconds:.0f} s still waiting for {what}: logs are in {self.folder}")
+            await asyncio.sleep(0.25)
+
+    async def status(self, kind: str, name: str, namespace: str = "") -> dict[str, Any]:
+        where = ("-n", namespace) if namespace else ()
+        found = await self.get(kind, name, *where)
+        status: dict[str, Any] = found.get("status", {})
+        return status
+
+    async def condition(self, kind: str, name: str, condition: str, namespace: str = "") -> str:
+        status = await self.status(kind, name, namespace)
+        found = [entry for entry in status.get("conditions", []) if entry["type"] == condition]
+        return found[0]["status"] if found else ""
+
+    # --- the truth
+
+    async def _sample(self) -> None:
+        """Many times a second: may the hardware draw more than a person allowed?"""
+        while True:
+            if self.samples % 20 == 0:
+                self._domains = await self._list(PowerDomain)
+                nodes = await self._list(GPUNode)
+                self._overheads = {node.metadata.name: node.spec.overhead_milliwatts for node in nodes}
+            found = breaches(self._domains, self.truth()) if self._domains else []
+            self.breaches += found[: 100 - len(self.breaches)]
+            self.samples += 1
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def truth(self) -> list[NodeTruth]:
+        truths = []
+        for name, node in self.fleet.nodes.items():
+            idle = product_named(node.plan.product).idle_watts
+            drawing = gpu_truth(node.enforced_watts(), self.fleet.running_on(name), idle)
+            truths.append(NodeTruth(name, node.plan.labels, drawing, self._overheads.get(name, 0)))
+        return truths
+
+    async def _list(self, kind: type[T]) -> list[T]:
+        _, answer = await asyncio.to_thread(
+            self.cluster.request, "GET", f"/apis/tokenfactory.dev/v1alpha1/{kind.PLURAL}"
+        )
+        return [msgspec.convert(item, kind) for item in answer.get("items", [])]
+
+
+def install_chart(cluster: Cluster) -> None:
+    """CRDs, RBAC, admission policy and rules of the chart; its two workloads run as processes here."""
+    helm = ensure_helm()
+    rendered = subprocess.run(
+        [
+            str(helm),
+            "template",
+            "tokenfactory",
+            str(CHART),
+            "--namespace",
+            SYSTEM_NAMESPACE,
+            "--include-crds",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if rendered.returncode != 0:
+        raise SiteError(f"the chart cannot be rendered:\n{rendered.stderr}")
+    objects = [obj for obj in yaml.safe_load_all(rendered.stdout) if obj]
+    crds = [obj for obj in objects if obj["kind"] == "CustomResourceDefinition"]
+    rest = [obj for obj in objects if obj["kind"] not in {"CustomResourceDefinition", *_RUN_AS_PROCESSES}]
+    cluster.kubectl("create", "namespace", SYSTEM_NAMESPACE, check=False)
+    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(crds))
+    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(rest))

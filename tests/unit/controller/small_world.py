@@ -1,0 +1,325 @@
+"""A cluster in memory that does what the controllers, the scheduler, kubelets and agents would: enough to plan on.
+
+It is no API server: it exists so that a plan's consequences can be followed for thousands of rounds in a second.
+"""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import yaml
+
+from tokenfactory.api import names
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus
+from tokenfactory.api.meta import ObjectMeta, OwnerReference
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller import actions as act
+from tokenfactory.controller.compose import Composed, Options, compose
+from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.controller.snapshot import Leadership, Snapshot
+from tokenfactory.controller.workloads import WorkloadOptions
+from tokenfactory.kube.objects import KubeCondition, Node, NodeStatus, Pod, PodStatus, SchedulingGate, Taint
+from tokenfactory.planning.power.governor import GpuView, Memory, Sheet, View, govern, read_back
+
+H100 = "NVIDIA H100 80GB HBM3"
+START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+OPTIONS = Options(workloads=WorkloadOptions(image="tokenfactory:test"))
+
+
+@dataclass
+class Agent:
+    """A node's agent: the shipped governor over GPUs that obey at once."""
+
+    name: str
+    gpus: int
+    alive: bool = True
+    memory: Memory = Memory()
+    enforced: dict[str, int] = field(default_factory=dict)
+    heard_at: datetime = START
+
+    def uuid(self, index: int) -> str:
+        return f"{self.name}-gpu-{index}"
+
+
+class SmallWorld:
+    def __init__(self, *, term: int = 1) -> None:
+        self.now = START
+        self.term = term
+        self.version = 0
+        self.objects: dict[type, dict[tuple[str, str], Any]] = {
+            kind: {} for kind in (PowerDomain, TokenFactory, CapSheet, GPUNode, Node, Pod, Deployment, Service)
+        }
+        self.agents: dict[str, Agent] = {}
+        self.writes: list[act.Action] = []
+        self.events: list[tuple[str, str]] = []
+        self.renewals = 0
+
+    # --- people
+
+    def apply(self, text: str) -> None:
+        for raw in yaml.safe_load_all(text):
+            kind = {"PowerDomain": PowerDomain, "TokenFactory": TokenFactory}[raw["kind"]]
+            obj = msgspec.convert(raw, kind)
+            held = self.objects[kind].get(_key(obj))
+            meta = msgspec.structs.replace(obj.metadata, uid=f"uid-{obj.metadata.name}")
+            obj = msgspec.structs.replace(obj, metadata=meta)
+            if held is not None:
+                obj = msgspec.structs.replace(obj, status=held.status)
+            self.put(obj, new_generation=True)
+
+    def add_node(self, name: str, gpus: int = 8, **labels: str) -> None:
+        all_labels = {"nvidia.com/gpu.present": "true", names.HOSTNAME_LABEL: name, **labels}
+        node = Node(
+            metadata=ObjectMeta(name=name, uid=f"uid-{name}", labels=all_labels),
+            status=NodeStatus(
+                allocatable={names.GPU_RESOURCE: str(gpus)}, conditions=(KubeCondition(type="Ready", status="True"),)
+            ),
+        )
+        self.put(node)
+        self.agents[name] = Agent(name, gpus)
+
+    # --- the API
+
+    def put(self, obj: Any, *, new_generation: bool = False) -> Any:
+        self.version += 1
+        meta = msgspec.structs.replace(
+            obj.metadata,
+            resource_version=str(self.version),
+            generation=obj.metadata.generation + 1 if new_generation else obj.metadata.generation,
+            creation_timestamp=obj.metadata.creation_timestamp or self.stamp(),
+        )
+        obj = msgspec.structs.replace(obj, metadata=meta)
+        self.objects[type(obj)][_key(obj)] = obj
+        return obj
+
+    def stamp(self) -> str:
+        return self.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            leadership=Leadership(self.term, clean_start=False),
+            wall=self.now,
+            domains=dict(self.objects[PowerDomain]),
+            factories=dict(self.objects[TokenFactory]),
+            sheets=dict(self.objects[CapSheet]),
+            gpu_nodes=dict(self.objects[GPUNode]),
+            nodes=dict(self.objects[Node]),
+            pods=dict(self.objects[Pod]),
+            deployments=dict(self.objects[Deployment]),
+            services=dict(self.objects[Service]),
+            silent_seconds={
+                name: (self.now - agent.heard_at).total_seconds() for name, agent in self.agents.items()
+            },
+        )
+
+    # --- the operator
+
+    def plan(self) -> Composed:
+        return compose(self.snapshot(), OPTIONS)
+
+    def operate(self, most_writes: int | None = None) -> int:
+        """One round; dies after `most_writes`. Returns how many writes there were."""
+        done = 0
+        for action in self.plan().plan.actions:
+            if most_writes is not None and done >= most_writes:
+                break
+            self.take(action)
+            done += 1
+        return done
+
+    def take(self, action: act.Action) -> None:
+        self.writes.append(action)
+        match action:
+            case act.PublishSheet(held, spec):
+                current = self.objects[CapSheet].get(("", spec.domain))
+                assert (current is None) == (held is None)
+                if current is not None and held is not None:
+                    assert current.metadata.resource_version == held.metadata.resource_version
+                    assert spec.epoch > current.spec.epoch or spec.caps == current.spec.caps
+                    assert spec.term >= current.spec.term
+                self.put(CapSheet(metadata=ObjectMeta(name=spec.domain), spec=spec), new_generation=True)
+            case act.ChargeNode(held, name, spec):
+                node = held or GPUNode(metadata=ObjectMeta(name=name))
+                self.put(msgspec.structs.replace(node, spec=spec), new_generation=True)
+            case act.ApplyWorkload(kind, key, manifest):
+                old = self.objects[kind].get(key)
+                meta = manifest["metadata"]
+                owners = tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"])
+                made = kind(
+                    metadata=ObjectMeta(
+                        name=key[1],
+                        namespace=key[0],
+                        labels=meta["labels"],
+                        owner_references=owners,
+                        generation=old.metadata.generation if old else 0,
+                    ),
+                    spec=manifest["spec"],
+                )
+                self.put(made, new_generation=True)
+            case act.DeleteWorkload(held):
+                del self.objects[type(held)][_key(held)]
+            case act.OpenGate(pod, node):
+                assert pod.spec.scheduling_gates
+                spec = msgspec.structs.replace(pod.spec, scheduling_gates=(), node_name=node)
+                self.put(msgspec.structs.replace(pod, spec=spec))
+            case act.DeletePod(pod):
+                self.delete_pod(pod)
+            case act.TaintNode(node, _, taints):
+                held = self.objects[Node][("", node)]
+                spec = msgspec.structs.replace(
+                    held.spec, taints=tuple(msgspec.convert(dict(taint), type=Taint) for taint in taints)
+                )
+                self.put(msgspec.structs.replace(held, spec=spec))
+            case act.WriteStatus(held, status):
+                current = self.objects[type(held)][_key(held)]
+                self.put(msgspec.structs.replace(current, status=status))
+            case act.Tell(_, reason, message):
+                self.events.append((reason, message))
+
+    # --- everybody else
+
+    def delete_pod(self, pod: Pod) -> None:
+        """A pod on a live node ends; one on a dead node stays as it is, marked."""
+        agent = self.agents.get(pod.spec.node_name)
+        if agent is not None and not agent.alive:
+            meta = msgspec.structs.replace(pod.metadata, deletion_timestamp=self.stamp())
+            self.put(msgspec.structs.replace(pod, metadata=meta))
+        else:
+            self.objects[Pod].pop(_key(pod), None)
+
+    def others(self) -> None:
+        """Deployment controller, kubelets and agents, once each; then two seconds pass."""
+        self._deploy()
+        self._run_pods()
+        self._beat()
+        self.now += timedelta(seconds=2)
+
+    def _deploy(self) -> None:
+        wanted: set[tuple[str, str]] = set()
+        for (namespace, name), held in self.objects[Deployment].items():
+            labels = held.spec["template"]["metadata"]["labels"]
+            mine = [
+                pod
+                for pod in self.objects[Pod].values()
+                if pod.metadata.labels == labels and not pod.metadata.deletion_timestamp
+            ]
+            wanted |= {_key(pod) for pod in mine[: held.spec["replicas"]]}
+            for _ in range(held.spec["replicas"] - len(mine)):
+                self.version += 1
+                pod_name = f"{name}-{self.version}"
+                gpus = held.spec["template"]["spec"]["containers"][0]["resources"]["limits"]
+                pod = msgspec.convert(
+                    {
+                        "metadata": {"name": pod_name, "namespace": namespace, "uid": f"uid-{pod_name}", "labels": labels},
+                        "spec": {"containers": [{"name": "nim", "resources": {"limits": gpus}}]},
+                    },
+                    Pod,
+                )
+                spec = msgspec.structs.replace(pod.spec, scheduling_gates=(SchedulingGate(name=names.GATE),))
+                self.put(msgspec.structs.replace(pod, spec=spec))
+                wanted.add((namespace, pod_name))
+        for key, pod in list(self.objects[Pod].items()):
+            if key not in wanted and not pod.metadata.deletion_timestamp:
+                self.delete_pod(pod)
+
+    def _run_pods(self) -> None:
+        ready = (KubeCondition(type="Ready", status="True"),)
+        for pod in list(self.objects[Pod].values()):
+            agent = self.agents.get(pod.spec.node_name)
+            if agent is None or not agent.alive or pod.status.conditions:
+                continue
+            status = PodStatus(phase="Running", pod_ip="10.0.0.1", conditions=ready)
+            self.put(msgspec.structs.replace(pod, status=status))
+
+    def _beat(self) -> None:
+        self.renewals += 1
+        for agent in self.agents.values():
+            if agent.alive:
+                agent.heard_at = self.now
+                self._agent(agent)
+
+    def _agent(self, agent: Agent) -> None:
+        node = self.objects[GPUNode].get(("", agent.name))
+        if node is None:
+            return
+        holding: dict[str, Pod] = {}
+        free = [agent.uuid(index) for index in range(agent.gpus)]
+        for pod in sorted(self.objects[Pod].values(), key=lambda pod: pod.metadata.name):
+            if pod.spec.node_name == agent.name:
+                for _ in range(int(pod.spec.containers[0].resources.limits[names.GPU_RESOURCE])):
+                    holding[free.pop(0)] = pod
+        view = View(
+            boot_id="boot-1",
+            spec=node.spec,
+            generation=node.metadata.generation,
+            status=node.status,
+            sheets={name: Sheet.of(sheet.spec) for (_, name), sheet in self.objects[CapSheet].items()},
+            renewals=dict.fromkeys((sheet.spec.tree for sheet in self.objects[CapSheet].values()), self.renewals),
+            gpus=tuple(_gpu_view(agent, index, holding) for index in range(agent.gpus)),
+        )
+        milliseconds = int((self.now - START).total_seconds() * 1000)
+        agent.memory, decision = govern(agent.memory, view, milliseconds)
+        for uuid, order in decision.caps.items():
+            if order.cap_milliwatts is not None:
+                agent.enforced[uuid] = order.cap_milliwatts
+        enforced = {agent.uuid(index): agent.enforced.get(agent.uuid(index), 700_000) for index in range(agent.gpus)}
+        agent.memory, said = read_back(agent.memory, decision, enforced)
+        status = GPUNodeStatus(
+            observed_generation=said.observed_generation or node.status.observed_generation,
+            boot_id="boot-1",
+            capped=said.capped,
+            mode=decision.mode,
+            applied=tuple(AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())),
+            gpus=tuple(_gpu_status(agent, index, holding, enforced) for index in range(agent.gpus)),
+        )
+        if status != node.status:
+            self.put(msgspec.structs.replace(node, status=status))
+
+    def settle(self, most_rounds: int = 60) -> int:
+        """Rounds until the operator has nothing to write any more."""
+        for number in range(most_rounds):
+            self.others()
+            if self.operate() == 0 and number > 2:
+                self.others()
+                if not self.plan().plan.actions:
+                    return number
+        left = [str(action)[:200] for action in self.plan().plan.actions]
+        raise AssertionError(f"not settled after {most_rounds} rounds; the operator still wants: {left}")
+
+    def ready_pods(self) -> list[Pod]:
+        return [pod for pod in self.objects[Pod].values() if pod.status.conditions]
+
+
+def _key(obj: Any) -> tuple[str, str]:
+    return (obj.metadata.namespace or "", obj.metadata.name)
+
+
+def _gpu_view(agent: Agent, index: int, holding: dict[str, Pod]) -> GpuView:
+    uuid = agent.uuid(index)
+    return GpuView(
+        uuid=uuid,
+        product=H100,
+        min_milliwatts=200_000,
+        max_milliwatts=700_000,
+        enforced_milliwatts=agent.enforced.get(uuid, 700_000),
+        pod_uid=(holding[uuid].metadata.uid or "") if uuid in holding else "",
+    )
+
+
+def _gpu_status(agent: Agent, index: int, holding: dict[str, Pod], enforced: dict[str, int]) -> GPUStatus:
+    uuid = agent.uuid(index)
+    pod = holding.get(uuid)
+    return GPUStatus(
+        index=index,
+        uuid=uuid,
+        product=H100,
+        min_milliwatts=200_000,
+        max_milliwatts=700_000,
+        default_milliwatts=700_000,
+        enforced_milliwatts=enforced[uuid],
+        pod=f"{pod.metadata.namespace}/{pod.metadata.name}" if pod else "",
+        pod_uid=(pod.metadata.uid or "") if pod else "",
+    )

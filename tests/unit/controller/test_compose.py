@@ -1,0 +1,147 @@
+"""A factory from first apply to tokens, followed in memory: what is written, in which order, and when it stops."""
+
+import pytest
+
+from tests.unit.controller.small_world import SmallWorld
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller import actions as act
+
+SITE = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: 30kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
+---
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  models:
+  - name: llama
+    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
+    gpusPerReplica: 4
+    replicas: {min: 3, max: 8}
+"""
+
+
+@pytest.fixture
+def world() -> SmallWorld:
+    world = SmallWorld()
+    for number in range(4):
+        world.add_node(f"n{number}")
+    world.apply(SITE)
+    return world
+
+
+def draw(world: SmallWorld) -> int:
+    """What the hardware may draw: GPUs without a pod draw their minimum at most once capped."""
+    total = 0
+    for node in world.objects[GPUNode].values():
+        total += node.spec.overhead_milliwatts
+        agent = world.agents[node.metadata.name]
+        for gpu in node.status.gpus:
+            total += agent.enforced.get(gpu.uuid, 0)
+    return total
+
+
+def factory(world: SmallWorld) -> TokenFactory:
+    return next(iter(world.objects[TokenFactory].values()))
+
+
+def domain(world: SmallWorld) -> PowerDomain:
+    return next(iter(world.objects[PowerDomain].values()))
+
+
+def test_a_factory_comes_up_and_then_nothing_is_written(world: SmallWorld):
+    world.settle()
+    assert len(world.ready_pods()) == 3
+    assert factory(world).status.ready == "3/3"
+    assert {c.type: c.status for c in factory(world).status.conditions}["Ready"] == "True"
+    before = len(world.writes)
+    for _ in range(5):
+        world.others()
+        world.operate()
+    assert len(world.writes) == before
+
+
+def test_a_gate_opens_only_after_the_charge_stands_and_is_obeyed(world: SmallWorld):
+    for _ in range(40):
+        world.others()
+        plan = world.plan().plan
+        for action in plan.actions:
+            if isinstance(action, act.OpenGate):
+                node = world.objects[GPUNode][("", action.node)]
+                assert action.pod.metadata.uid in {grant.uid for grant in node.spec.pods}
+                assert node.status.observed_generation == node.metadata.generation
+                assert node.status.capped
+            world.take(action)
+    assert len(world.ready_pods()) == 3
+
+
+def test_the_watts_go_to_what_serves_and_fit_the_limit_in_every_round(world: SmallWorld):
+    for _ in range(40):
+        world.others()
+        world.operate()
+        assert draw(world) <= 30_000_000
+    # 29.1 kW usable, 4 kW overhead, 32 GPUs at 200 W: the rest is shared by twelve that serve.
+    serving = [gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod]
+    assert len(serving) == 12
+    assert min(serving) == 700_000
+
+
+@pytest.mark.parametrize("writes", range(1, 12))
+def test_an_operator_killed_after_any_write_ends_where_the_others_do(world: SmallWorld, writes: int):
+    for _ in range(40):
+        world.others()
+        world.operate(most_writes=writes)
+    world.settle()
+    fresh = SmallWorld()
+    for number in range(4):
+        fresh.add_node(f"n{number}")
+    fresh.apply(SITE)
+    fresh.settle()
+    assert factory(world).status.ready == factory(fresh).status.ready
+    assert domain(world).status.charge == domain(fresh).status.charge
+
+
+def test_a_lost_node_stays_charged_and_its_replica_starts_elsewhere(world: SmallWorld):
+    world.settle()
+    victim = world.ready_pods()[0].spec.node_name
+    charged_before = world.plan().ledger.node_charge(victim)
+    world.agents[victim].alive = False
+    for _ in range(30):
+        world.others()
+        world.operate()
+        assert draw(world) <= 30_000_000
+    assert world.plan().ledger.node_charge(victim) >= charged_before
+    assert domain(world).status.lost_nodes == 1
+    running = [pod for pod in world.ready_pods() if not pod.metadata.deletion_timestamp]
+    assert len(running) == 3
+    assert victim not in {pod.spec.node_name for pod in running}
+    assert {incident.node for incident in factory(world).status.incidents} == {victim}
+
+
+def test_a_cut_lowers_at_once_and_a_raise_comes_back(world: SmallWorld):
+    world.settle()
+    world.apply(SITE.replace("30kW", "14kW").split("---")[0])
+    world.others()
+    world.operate()
+    world.others()
+    assert draw(world) <= 14_000_000
+    world.settle()
+    assert draw(world) <= 14_000_000 * 97 // 100
+    world.apply(SITE.split("---")[0])
+    world.settle()
+    serving = [gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod]
+    assert min(serving) == 700_000
+
+
+def test_a_factory_whose_domain_is_missing_says_so(world: SmallWorld):
+    world.apply(SITE.replace("domain: hall}", "domain: attic}").split("---")[1])
+    world.settle()
+    ready = {c.type: c for c in factory(world).status.conditions}["Ready"]
+    assert ready.status == "False"
+    assert "attic does not exist" in ready.message
