@@ -120,7 +120,9 @@ async def _lead(
         stopped_by_itself = shell.ended
         await asyncio.to_thread(shell.stop)
     if stopped_by_itself:
-        raise RuntimeError("kopf ended by itself: this process is deaf to what people write, so it ends as well")
+        raise RuntimeError(
+            "kopf ended by itself: this process is deaf to what people write, so it ends as well"
+        )
 
 
 def _plan(options: Options, metrics: Metrics, snapshot: Snapshot) -> Plan:

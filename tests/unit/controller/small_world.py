@@ -36,7 +36,7 @@ class Agent:
     name: str
     gpus: int
     alive: bool = True
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     enforced: dict[str, int] = field(default_factory=dict)
     heard_at: datetime = START
 
@@ -50,7 +50,8 @@ class SmallWorld:
         self.term = term
         self.version = 0
         self.objects: dict[type, dict[tuple[str, str], Any]] = {
-            kind: {} for kind in (PowerDomain, TokenFactory, CapSheet, GPUNode, Node, Pod, Deployment, Service)
+            kind: {}
+            for kind in (PowerDomain, TokenFactory, CapSheet, GPUNode, Node, Pod, Deployment, Service)
         }
         self.agents: dict[str, Agent] = {}
         self.writes: list[act.Action] = []
@@ -75,7 +76,8 @@ class SmallWorld:
         node = Node(
             metadata=ObjectMeta(name=name, uid=f"uid-{name}", labels=all_labels),
             status=NodeStatus(
-                allocatable={names.GPU_RESOURCE: str(gpus)}, conditions=(KubeCondition(type="Ready", status="True"),)
+                allocatable={names.GPU_RESOURCE: str(gpus)},
+                conditions=(KubeCondition(type="Ready", status="True"),),
             ),
         )
         self.put(node)
@@ -213,7 +215,12 @@ class SmallWorld:
                 gpus = held.spec["template"]["spec"]["containers"][0]["resources"]["limits"]
                 pod = msgspec.convert(
                     {
-                        "metadata": {"name": pod_name, "namespace": namespace, "uid": f"uid-{pod_name}", "labels": labels},
+                        "metadata": {
+                            "name": pod_name,
+                            "namespace": namespace,
+                            "uid": f"uid-{pod_name}",
+                            "labels": labels,
+                        },
                         "spec": {"containers": [{"name": "nim", "resources": {"limits": gpus}}]},
                     },
                     Pod,
@@ -257,7 +264,9 @@ class SmallWorld:
             generation=node.metadata.generation,
             status=node.status,
             sheets={name: Sheet.of(sheet.spec) for (_, name), sheet in self.objects[CapSheet].items()},
-            renewals=dict.fromkeys((sheet.spec.tree for sheet in self.objects[CapSheet].values()), self.renewals),
+            renewals=dict.fromkeys(
+                (sheet.spec.tree for sheet in self.objects[CapSheet].values()), self.renewals
+            ),
             gpus=tuple(_gpu_view(agent, index, holding) for index in range(agent.gpus)),
         )
         milliseconds = int((self.now - START).total_seconds() * 1000)
@@ -265,14 +274,18 @@ class SmallWorld:
         for uuid, order in decision.caps.items():
             if order.cap_milliwatts is not None:
                 agent.enforced[uuid] = order.cap_milliwatts
-        enforced = {agent.uuid(index): agent.enforced.get(agent.uuid(index), 700_000) for index in range(agent.gpus)}
+        enforced = {
+            agent.uuid(index): agent.enforced.get(agent.uuid(index), 700_000) for index in range(agent.gpus)
+        }
         agent.memory, said = read_back(agent.memory, decision, enforced)
         status = GPUNodeStatus(
             observed_generation=said.observed_generation or node.status.observed_generation,
             boot_id="boot-1",
             capped=said.capped,
             mode=decision.mode,
-            applied=tuple(AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())),
+            applied=tuple(
+                AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())
+            ),
             gpus=tuple(_gpu_status(agent, index, holding, enforced) for index in range(agent.gpus)),
         )
         if status != node.status:

@@ -1,8 +1,8 @@
 """A factory from first apply to tokens, followed in memory: what is written, in which order, and when it stops."""
 
 import pytest
-
 from tests.unit.controller.small_world import SmallWorld
+
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
@@ -87,7 +87,9 @@ def test_the_watts_go_to_what_serves_and_fit_the_limit_in_every_round(world: Sma
         world.operate()
         assert draw(world) <= 30_000_000
     # 29.1 kW usable, 4 kW overhead, 32 GPUs at 200 W: the rest is shared by twelve that serve.
-    serving = [gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod]
+    serving = [
+        gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod
+    ]
     assert len(serving) == 12
     assert min(serving) == 700_000
 
@@ -133,9 +135,11 @@ def test_a_cut_lowers_at_once_and_a_raise_comes_back(world: SmallWorld):
     assert draw(world) <= 14_000_000
     world.settle()
     assert draw(world) <= 14_000_000 * 97 // 100
-    world.apply(SITE.split("---")[0])
+    world.apply(SITE.split("---", maxsplit=1)[0])
     world.settle()
-    serving = [gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod]
+    serving = [
+        gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod
+    ]
     assert min(serving) == 700_000
 
 
