@@ -116,6 +116,7 @@ def test_a_service_accounts_token_carries_its_node_and_dies_with_its_pod(cluster
     assert me["status"]["userInfo"]["extra"][NODE_TOKEN] == ["node-7"]
 
     plain = cluster.kubeconfig_for_service_account(namespace, "agent")
+    assert plain != agent
     me = json.loads(cluster.kubectl("auth", "whoami", "-o", "json", kubeconfig=plain).stdout)
     assert NODE_TOKEN not in me["status"]["userInfo"]["extra"]
 
@@ -453,3 +454,18 @@ def test_from_the_command_line_it_outlives_the_command_until_down(tmp_path: Path
     assert tokenfactory("status").returncode == 1
     assert "did not run" in tokenfactory("down", "--remove").stdout
     assert not Path(folder).exists()
+
+
+def test_two_starts_of_one_folder_at_once_give_one_cluster(tmp_path: Path):
+    folder = tmp_path / "c"
+    command = [sys.executable, "-m", "tokenfactory.cli", "cluster", "up", "--folder", str(folder)]
+    options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": "operator"}, "text": True}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, **options) for _ in range(2)]
+    try:
+        said = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0]
+        assert sorted("runs already" in text for text in said) == [False, True]
+        assert all(f"{Cluster.attach(folder).server} is ready" in text for text in said)
+        assert len(Cluster.attach(folder).running()) == 4
+    finally:
+        Cluster.attach(folder).down()

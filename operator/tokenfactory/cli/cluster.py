@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 from collections.abc import Iterator
@@ -31,15 +32,15 @@ def up(
 ) -> None:
     """Start the cluster, or find that it runs. It outlives this command: `down` ends it."""
     with _explained():
-        from tokenfactory.twin import cluster_folder
         from tokenfactory.twin.cluster import Cluster
+        from tokenfactory.twin.components import AlreadyRunsError
 
         where = _folder(folder)
-        if cluster_folder.is_locked(where):
-            cluster = Cluster.attach(where)
-            typer.echo(f"the cluster in {where} runs already")
-        else:
+        try:
             cluster = Cluster.up(where, detached=True)
+        except AlreadyRunsError:
+            cluster = Cluster.join(where)
+            typer.echo(f"the cluster in {where} runs already")
         for manifests in apply or []:
             cluster.kubectl("apply", "--server-side", "-R", "-f", str(manifests))
             typer.echo(f"applied {manifests}")
@@ -133,6 +134,11 @@ def _explained() -> Iterator[None]:
         if os.environ.get("TOKENFACTORY_TRACEBACK"):
             raise
         typer.echo(f"tokenfactory: {error}", err=True)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise
+        typer.echo(f"tokenfactory: {error}: --folder chooses another place", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo("tokenfactory: interrupted; what was started has been ended again", err=True)

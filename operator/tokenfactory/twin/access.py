@@ -124,7 +124,7 @@ class Access:
             f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token",
             {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": request},
         )["status"]["token"]
-        file = "-".join(_slug(part) for part in ("sa", namespace, name, node_name or "", pod or "") if part)
+        file = "_".join(_slug(part) for part in ("sa", namespace, name, node_name or "", pod or "") if part)
         return self._write_kubeconfig(file, {"token": token}, namespace)
 
     def _make_pod(self, namespace: str, service_account: str, node_name: str) -> str:

@@ -82,6 +82,21 @@ class Cluster(Access):
         """The cluster in `folder`, started by whomever. Leaving it as a context manager ends it too."""
         return cls(cluster_folder.read(folder.absolute()))
 
+    @classmethod
+    def join(cls, folder: Path) -> Self:
+        """The cluster that runs in `folder`, or that somebody is starting there, once it is ready."""
+        folder = folder.absolute()
+        deadline = time.monotonic() + _START_SECONDS
+        # Whoever holds the lock may not have written its files yet: those there may be of an earlier run,
+        # until a component lives.
+        while "kube-apiserver" not in _running(_state(folder)):
+            if not cluster_folder.is_locked(folder) or time.monotonic() > deadline:
+                raise ClusterError(f"the cluster in {folder} does not run, or lost its API server: see logs/")
+            time.sleep(_POLL_SECONDS)
+        cluster = cls.attach(folder)
+        cluster.wait_until_ready()
+        return cluster
+
     def __enter__(self) -> Self:
         return self
 
@@ -115,19 +130,11 @@ class Cluster(Access):
 
     def state(self) -> dict[str, Any]:
         """What the supervisor last wrote: processes by name. Empty before the first start."""
-        try:
-            state: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
-        except FileNotFoundError:
-            return {}
-        return state
+        return _state(self.folder)
 
     def running(self) -> dict[str, int]:
         """The pids of the components that are alive now, by name."""
-        return {
-            name: component["pid"]
-            for name, component in self.state().get("components", {}).items()
-            if "pid" in component and supervisor.start_time(component["pid"]) == component["started"]
-        }
+        return _running(self.state())
 
     def _start_all(self) -> None:
         options = self._plan.options
@@ -137,11 +144,14 @@ class Cluster(Access):
             self.start_component("kube-controller-manager")
         if options.scheduler:
             self.start_component("kube-scheduler")
-        if options.controller_manager:
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until the API server serves and, with a controller manager, pods can be made in `default`."""
+        self._wait("kube-apiserver", "be ready", lambda: self._found("/readyz"))
+        if self._plan.options.controller_manager:
             path = "/api/v1/namespaces/default/serviceaccounts/default"
-            self._wait(
-                "kube-controller-manager", "make the default service account", lambda: self._found(path)
-            )
+            self._wait("kube-controller-manager", "make its first account", lambda: self._found(path))
 
     # --- components -------------------------------------------------------------------------
 
@@ -193,7 +203,7 @@ class Cluster(Access):
         deadline = time.monotonic() + _START_SECONDS
         while not done():
             component = self.state().get("components", {}).get(name, {})
-            if "pid" not in component:
+            if "exit" in component:
                 raise ClusterError(f"{name} ended before it could {what}:\n{self.log_tail(name)}")
             if time.monotonic() > deadline:
                 raise ClusterError(f"{name} did not {what} in {_START_SECONDS:.0f} s:\n{self.log_tail(name)}")
@@ -207,6 +217,22 @@ class Cluster(Access):
     def _etcd_listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._plan.ports.etcd)) == 0
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return state
+
+
+def _running(state: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        name: component["pid"]
+        for name, component in state.get("components", {}).items()
+        if "pid" in component and supervisor.start_time(component["pid"]) == component["started"]
+    }
 
 
 def _spawn_supervisor(folder: Path, kept: tuple[int, ...]) -> subprocess.Popen[bytes]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from tokenfactory.twin import components
-from tokenfactory.twin.components import ClusterError, ClusterOptions, Plan, Ports
+from tokenfactory.twin.components import AlreadyRunsError, ClusterError, ClusterOptions, Plan, Ports
 from tokenfactory.twin.pki import Authority
 
 _LOOPBACK = "127.0.0.1"
@@ -46,7 +46,7 @@ def lock(folder: Path, held: contextlib.ExitStack) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ClusterError(
+        raise AlreadyRunsError(
             f"a cluster runs in {folder} already: use it (KUBECONFIG={folder}/admin.kubeconfig), "
             "end it with `tokenfactory cluster down`, or choose another folder"
         ) from None

@@ -76,6 +76,10 @@ class ClusterError(RuntimeError):
     """The cluster cannot do this. The text says why and where to look."""
 
 
+class AlreadyRunsError(ClusterError):
+    """The folder's cluster runs, or is being started by somebody else."""
+
+
 @dataclass(frozen=True)
 class ClusterOptions:
     """What a cluster may differ in. The default is what most tests want."""
