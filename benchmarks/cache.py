@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _figures import Figure, report, table
+from _report import Figure, report, table
 from tokenfactory.kube.client import MERGE, Client
 from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.components import ClusterOptions
