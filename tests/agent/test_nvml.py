@@ -269,7 +269,7 @@ async def test_nothing_piles_up_behind_a_stuck_gpu(make_node, open_driver):
     (gpu,) = uuids(node)
     node.fail(SET, hang=True, times=1)
     answers = await asyncio.gather(*(driver.set_limit(gpu, 300_000 + n) for n in range(5)))
-    answers += [await driver.read(gpu), await driver.wear(gpu), await driver.limits(gpu)]
+    answers += [await driver.limits(gpu), await driver.lock_clocks(gpu, None)]
     assert {answer.kind for answer in answers} == {FailureKind.TIMEOUT}
     assert node.calls(SET) == 1
     node.mend()
@@ -277,6 +277,40 @@ async def test_nothing_piles_up_behind_a_stuck_gpu(make_node, open_driver):
     assert (await driver.limits(gpu)).requested_milliwatts == 300_000, "the late call did what it was asked"
     assert node.calls(SET) == 1, "those that waited behind it were never made"
     assert (await driver.set_limit(gpu, 250_000)).obeys(250_000)
+
+
+async def test_a_sensor_that_hangs_does_not_keep_a_cap_out(make_node, open_driver):
+    node = make_node("H100", 1)
+    driver = await open_driver(node, deadline_seconds=0.1)
+    (gpu,) = uuids(node)
+    node.fail("nvmlDeviceGetUtilizationRates", hang=True)
+    for answer in (await driver.read(gpu), await driver.read(gpu), await driver.wear(gpu)):
+        assert answer.kind is FailureKind.TIMEOUT
+    assert node.calls("nvmlDeviceGetUtilizationRates") == 1
+    assert not driver.stuck, "its limit is known"
+    assert (await driver.set_limit(gpu, 300_000)).obeys(300_000)
+
+
+async def test_a_reading_taken_while_a_limit_is_set_does_not_tell_a_limit(make_node, open_driver):
+    """It could come in after the set's own read-back and look as if the limit had been lost."""
+    node = make_node("H100", 1)
+    driver = await open_driver(node)
+    (gpu,) = uuids(node)
+    hold = node.fail("nvmlDeviceGetPowerUsage", hang=True)
+    during = asyncio.ensure_future(driver.read(gpu))
+    await until(lambda: node.hanging == 1)
+    assert (await driver.set_limit(gpu, 300_000)).obeys(300_000)
+    node.mend(hold)
+    reading = await during
+    assert (reading.enforced_milliwatts, reading.requested_milliwatts) == (None, None)
+    assert reading.power_milliwatts is not None
+    node.fail(SET, hang=True)
+    setting = asyncio.ensure_future(driver.set_limit(gpu, 400_000))
+    await until(lambda: node.hanging == 1)
+    assert (await driver.read(gpu)).enforced_milliwatts is None
+    node.mend()
+    await setting
+    assert (await driver.read(gpu)).enforced_milliwatts == 400_000
 
 
 async def test_a_wait_given_up_by_its_caller_is_not_made_later(make_node, open_driver):
@@ -376,6 +410,26 @@ async def test_one_sensor_that_fails_leaves_the_rest_of_the_reading(make_node, o
     assert reading.celsius is None
     assert reading.power_milliwatts is not None
     assert [failure.call for failure in reading.failures] == ["nvmlDeviceGetTemperatureV"]
+
+
+@pytest.mark.parametrize("code", [13, 25, 3], ids=["no such function", "no such version", "not supported"])
+async def test_an_older_driver_is_asked_in_its_own_words(make_node, open_driver, code):
+    node = make_node("H100", 1)
+    driver = await open_driver(node)
+    for newer in ("TemperatureV", "CurrentClocksEventReasons", "GpuFabricInfoV"):
+        node.fail(f"nvmlDeviceGet{newer}", error=code)
+    reading, wear = await driver.read(uuids(node)[0]), await driver.wear(uuids(node)[0])
+    assert (reading.celsius, reading.reasons, reading.failures) == (32, Reason.IDLE, ())
+    assert (wear.fabric.state, wear.failures) == ("Completed", ())
+    for older in ("Temperature", "CurrentClocksThrottleReasons", "GpuFabricInfo"):
+        node.fail(f"nvmlDeviceGet{older}", error=code)
+    reading, wear = await driver.read(uuids(node)[0]), await driver.wear(uuids(node)[0])
+    assert (reading.celsius, reading.reasons, wear.fabric) == (None, None, None)
+    assert [failure.call for failure in (*reading.failures, *wear.failures)] == [
+        "nvmlDeviceGetCurrentClocksEventReasons",
+        "nvmlDeviceGetTemperatureV",
+        "nvmlDeviceGetGpuFabricInfoV",
+    ]
 
 
 async def test_an_unknown_gpu_is_refused(make_node, open_driver):

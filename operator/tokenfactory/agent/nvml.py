@@ -189,6 +189,7 @@ class Reading:
     energy_millijoules: int | None = None
     """Since the driver was loaded; the one to account with."""
     enforced_milliwatts: int | None = None
+    """None as well while a limit is being set: which of the two was seen is not known then."""
     requested_milliwatts: int | None = None
     celsius: int | None = None
     memory_celsius: int | None = None
@@ -265,7 +266,9 @@ class Nvml(Protocol):
 
     @property
     def stuck(self) -> frozenset[str]:
-        """GPUs with a call that has not come back: their limit is unknown, at worst the higher of old and new."""
+        """GPUs with a limit call that has not come back: their limit is unknown, at worst the higher of old and
+        new. They may still be read.
+        """
 
     async def open(self) -> Driver | Failure:
         """Load, or load again after `DRIVER_GONE`; a later life of the driver has a later generation."""

@@ -111,6 +111,17 @@ class Probe:
             self.note(failure(call, self.gpu, error))
             return None
 
+    def either(self, *calls: tuple[Any, ...]) -> Any:
+        """The first of these that the driver has: older drivers lack the newer names."""
+        mark = len(self.failures)
+        for call in calls:
+            answer = self(*call)
+            if answer is not None or self.failures[-1].kind is not FailureKind.NOT_SUPPORTED:
+                del self.failures[mark : -1 if answer is None else None]
+                return answer
+        del self.failures[mark + 1 :]
+        return None
+
     def note(self, failed: Failure) -> None:
         if failed.kind in HOPELESS:
             raise FailureError(failed)
@@ -199,10 +210,17 @@ def set_limit(handle: Any, gpu: str, milliwatts: int, scope: Scope) -> Limits:
 
 
 def _fabric(probe: Probe) -> Fabric | None:
-    info = pynvml.c_nvmlGpuFabricInfo_v3_t()
-    if probe("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(info)) is None or info.state == 0:
+    asked = (
+        ("nvmlDeviceGetGpuFabricInfoV", pynvml.c_nvmlGpuFabricInfo_v3_t()),
+        ("nvmlDeviceGetGpuFabricInfoV", pynvml.c_nvmlGpuFabricInfo_v2_t()),
+        ("nvmlDeviceGetGpuFabricInfo", pynvml.c_nvmlGpuFabricInfo_t()),
+    )
+    if probe.either(*((call, ctypes.byref(info)) for call, info in asked)) is None:
         return None
-    healthy = info.healthSummary != FABRIC_UNHEALTHY
+    info = next((info for _, info in asked if info.state), None)
+    if info is None:
+        return None  # the board has no fabric
+    healthy = getattr(info, "healthSummary", 0) != FABRIC_UNHEALTHY
     if info.state == FABRIC_COMPLETED and info.status != pynvml.NVML_SUCCESS:
         healthy = False
     return Fabric(
@@ -342,7 +360,9 @@ def read(handle: Any, gpu: str, module: bool, clock: Callable[[], float] = time.
     of_module = probe.fields((FIELD_POWER_AVERAGE,), Scope.MODULE) if module else {}
     busy = probe("nvmlDeviceGetUtilizationRates")
     memory = probe("nvmlDeviceGetMemoryInfo")
-    reasons = probe("nvmlDeviceGetCurrentClocksEventReasons")
+    reasons = probe.either(
+        ("nvmlDeviceGetCurrentClocksEventReasons",), ("nvmlDeviceGetCurrentClocksThrottleReasons",)
+    )
     return Reading(
         monotonic_seconds=middle,
         power_milliwatts=probe("nvmlDeviceGetPowerUsage"),
@@ -351,7 +371,10 @@ def read(handle: Any, gpu: str, module: bool, clock: Callable[[], float] = time.
         energy_millijoules=energy,
         enforced_milliwatts=probe("nvmlDeviceGetEnforcedPowerLimit"),
         requested_milliwatts=fields.get(FIELD_REQUESTED_LIMIT),
-        celsius=probe("nvmlDeviceGetTemperatureV", pynvml.NVML_TEMPERATURE_GPU),
+        celsius=probe.either(
+            ("nvmlDeviceGetTemperatureV", pynvml.NVML_TEMPERATURE_GPU),
+            ("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+        ),
         memory_celsius=fields.get(FIELD_MEMORY_CELSIUS),
         gpu_percent=busy.gpu if busy is not None else None,
         memory_percent=busy.memory if busy is not None else None,

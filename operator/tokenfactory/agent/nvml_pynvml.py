@@ -1,4 +1,4 @@
-"""`Nvml` over the real library: each GPU's calls on a lane of its own, every one bounded by a deadline.
+"""`Nvml` over the real library: each GPU's calls on lanes of its own, every one bounded by a deadline.
 
 pynvml is one library per process, so there is at most one of these per process.
 """
@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import ctypes
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,19 @@ ALL_EVENTS = XID_EVENTS | pynvml.nvmlEventTypeGpuRecoveryAction
 NO_INSTANCE = 0xFFFFFFFF
 
 
+class _GpuLanes:
+    """One GPU's two lanes: a cap must not wait behind a slow sensor, nor be kept out by one that hangs."""
+
+    def __init__(self, index: int) -> None:
+        self.control = Lane(f"GPU {index} control")
+        self.sensors = Lane(f"GPU {index} sensors")
+        self.settings = 0
+        """Moves when a limit begins to be set and when that has ended."""
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter((self.control, self.sensors))
+
+
 class PynvmlDriver:
     """The GPUs of this node."""
 
@@ -61,7 +75,7 @@ class PynvmlDriver:
         self._identity = Identity("", 0)
         self._system = Lane("system")
         self._events = Lane("events")
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, _GpuLanes] = {}
         self._handles: dict[str, tuple[int, Any]] = {}
         self._gpus: dict[str, Gpu] = {}
         self._event_set: Any = None
@@ -77,7 +91,9 @@ class PynvmlDriver:
 
     @property
     def stuck(self) -> frozenset[str]:
-        return frozenset(uuid for uuid, (index, _) in self._handles.items() if self._lanes[index].stuck)
+        return frozenset(
+            uuid for uuid, (index, _) in self._handles.items() if self._lanes[index].control.stuck
+        )
 
     # ---- open and close ----
 
@@ -115,8 +131,13 @@ class PynvmlDriver:
         return Driver(version, nvml_version, self._identity, missing)
 
     def _hanging(self) -> list[str]:
-        lanes = [*self._lanes.values(), self._system, self._events]
-        return [lane.name for lane in lanes if lane.stuck]
+        return [lane.name for lane in self._all_lanes() if lane.stuck]
+
+    def _all_lanes(self) -> Iterator[Lane]:
+        for lanes in self._lanes.values():
+            yield from lanes
+        yield self._system
+        yield self._events
 
     def _load(self) -> tuple[str, str, int]:
         if self._initialised:
@@ -136,7 +157,7 @@ class PynvmlDriver:
             raise calls.FailureError(calls.failure(call, "", error)) from None
 
     async def _discover(self, index: int) -> tuple[Any, Gpu | Failure]:
-        lane = self._lanes.setdefault(index, Lane(f"GPU {index}"))
+        lane = self._lanes.setdefault(index, _GpuLanes(index)).sensors
 
         def look() -> tuple[Any, Gpu]:
             try:
@@ -159,7 +180,7 @@ class PynvmlDriver:
                 await self._events.run(lambda: None, EVENT_WAIT_SECONDS + self._deadline_seconds)
                 await self._system.run(pynvml.nvmlShutdown, self._deadline_seconds)
                 self._initialised = False
-        for lane in (*self._lanes.values(), self._system, self._events):
+        for lane in self._all_lanes():
             lane.stop()
 
     # ---- one call on one GPU ----
@@ -176,15 +197,21 @@ class PynvmlDriver:
         except StuckError:
             return Failure(FailureKind.TIMEOUT, call, gpu, text="an earlier call has not come back")
 
-    async def _ask(self, gpu: str, call: str, function: Callable[[Any], T]) -> T | Failure:
+    async def _ask(
+        self, gpu: str, call: str, function: Callable[[Any, _GpuLanes], T], *, control: bool = False
+    ) -> T | Failure:
         if gpu not in self._handles:
             return Failure(FailureKind.REFUSED, call, gpu, text="no such GPU since NVML was opened")
         index, handle = self._handles[gpu]
-        return await self._on(self._lanes[index], call, gpu, lambda: function(handle), self._deadline_seconds)
+        lanes = self._lanes[index]
+        lane = lanes.control if control else lanes.sensors
+        return await self._on(lane, call, gpu, lambda: function(handle, lanes), self._deadline_seconds)
 
     async def inventory(self) -> tuple[Gpu, ...]:
         async def again(gpu: Gpu) -> Gpu:
-            fresh = await self._ask(gpu.uuid, "inventory", lambda handle: calls.describe(handle, gpu.index))
+            fresh = await self._ask(
+                gpu.uuid, "inventory", lambda handle, _: calls.describe(handle, gpu.index)
+            )
             return gpu if isinstance(fresh, Failure) else fresh
 
         found = await asyncio.gather(*(again(gpu) for gpu in self._gpus.values()))
@@ -192,37 +219,50 @@ class PynvmlDriver:
         return tuple(found)
 
     async def limits(self, gpu: str, scope: Scope = Scope.GPU) -> Limits | Failure:
-        return await self._ask(
-            gpu, "nvmlDeviceGetEnforcedPowerLimit", lambda handle: calls.limits(handle, gpu, scope)
-        )
+        call = "nvmlDeviceGetEnforcedPowerLimit"
+        return await self._ask(gpu, call, lambda handle, _: calls.limits(handle, gpu, scope), control=True)
 
     async def set_limit(self, gpu: str, milliwatts: int, scope: Scope = Scope.GPU) -> Limits | Failure:
-        return await self._ask(
-            gpu,
-            "nvmlDeviceSetPowerManagementLimit",
-            lambda handle: calls.set_limit(handle, gpu, milliwatts, scope),
-        )
+        def set_and_read_back(handle: Any, lanes: _GpuLanes) -> Limits:
+            lanes.settings += 1
+            try:
+                return calls.set_limit(handle, gpu, milliwatts, scope)
+            finally:
+                lanes.settings += 1
+
+        return await self._ask(gpu, "nvmlDeviceSetPowerManagementLimit", set_and_read_back, control=True)
 
     async def read(self, gpu: str) -> Reading | Failure:
         known = self._gpus.get(gpu)
         module = known is not None and known.module_limits is not None
-        return await self._ask(
-            gpu, "nvmlDeviceGetPowerUsage", lambda handle: calls.read(handle, gpu, module, self._clock)
-        )
+
+        def look(handle: Any, lanes: _GpuLanes) -> Reading:
+            before = lanes.settings
+            reading = calls.read(handle, gpu, module, self._clock)
+            if before % 2 == 0 and before == lanes.settings:
+                return reading
+            # A limit was being set meanwhile: which of the two this saw is not known.
+            return replace(reading, enforced_milliwatts=None, requested_milliwatts=None)
+
+        return await self._ask(gpu, "nvmlDeviceGetPowerUsage", look)
 
     async def wear(self, gpu: str) -> Wear | Failure:
-        return await self._ask(gpu, "nvmlDeviceGetTotalEccErrors", lambda handle: calls.wear(handle, gpu))
+        return await self._ask(gpu, "nvmlDeviceGetTotalEccErrors", lambda handle, _: calls.wear(handle, gpu))
 
     async def lock_clocks(self, gpu: str, clocks: ClockRange | None) -> Failure | None:
         return await self._ask(
-            gpu, "nvmlDeviceSetGpuLockedClocks", lambda handle: calls.lock_clocks(handle, gpu, clocks)
+            gpu,
+            "nvmlDeviceSetGpuLockedClocks",
+            lambda handle, _: calls.lock_clocks(handle, gpu, clocks),
+            control=True,
         )
 
     async def set_profiles(self, gpu: str, profiles: frozenset[int]) -> ProfileState | Failure:
         return await self._ask(
             gpu,
             "nvmlDeviceWorkloadPowerProfileUpdateProfiles_v1",
-            lambda handle: calls.set_profiles(handle, gpu, profiles),
+            lambda handle, _: calls.set_profiles(handle, gpu, profiles),
+            control=True,
         )
 
     # ---- events ----
