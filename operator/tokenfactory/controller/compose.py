@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tokenfactory.controller.actions import Action, Plan, PublishSheet
-from tokenfactory.controller.plan import power
+from tokenfactory.controller.plan import bidding
 from tokenfactory.controller.plan.choosing import choose
 from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.nodes import charge_nodes
@@ -46,7 +46,7 @@ def compose(snapshot: Snapshot, options: Options) -> Composed:
     ledger = _ledger(world, grid)
     choice = choose(world, grid, ledger)
     coming = [
-        power.Coming(
+        bidding.Coming(
             wish.node,
             wish.replica.class_on(world.hosts[wish.node].product),
             wish.replica.model.gpus_per_replica,
@@ -54,7 +54,8 @@ def compose(snapshot: Snapshot, options: Options) -> Composed:
         for wish in choice.wishes
     ]
     granting = grant(world, ledger, list(choice.wishes))
-    sheets = plan_sheets(ledger, power.equal_caps(world, grid.domains, ledger, coming))
+    cleared = bidding.clear(world, grid, ledger, coming)
+    sheets = plan_sheets(ledger, cleared.targets if cleared else {})
     replicas = {
         (key, model.name): model.replicas.min
         for key, factory in snapshot.factories.items()
@@ -67,7 +68,7 @@ def compose(snapshot: Snapshot, options: Options) -> Composed:
     actions += open_gates(world)
     actions += serve(world, replicas, options.workloads)
     unplaced = (*choice.unplaced, *granting.waiting)
-    actions += _tell(world, grid, ledger, sheets, replicas, unplaced)
+    actions += _tell(world, grid, ledger, sheets, cleared, replicas, unplaced)
     return Composed(Plan(tuple(actions), again_after_seconds=_again(world, grid)), world, grid, ledger)
 
 
@@ -98,6 +99,7 @@ def _tell(
     grid: Grid,
     ledger: Ledger,
     sheets: SheetPlan,
+    cleared: bidding.Cleared | None,
     replicas: dict[tuple[Key, str], int],
     unplaced: tuple[Unplaced, ...],
 ) -> list[Action]:
@@ -110,7 +112,7 @@ def _tell(
         mine = [entry for entry in unplaced if entry.replica.factory is factory]
         desired = {model.name: replicas[key, model.name] for model in factory.spec.models}
         actions += factory_status(
-            world, grid, ledger, desired, recovered.incidents, recovered.storm, mine, factory
+            world, grid, ledger, cleared, desired, recovered.incidents, recovered.storm, mine, factory
         )
         actions += recovered.actions
     return actions

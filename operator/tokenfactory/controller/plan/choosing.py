@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokenfactory.api import names
+from tokenfactory.api.quantities import parse_decimal
+from tokenfactory.controller.plan.admitting import refusals
+from tokenfactory.controller.plan.bidding import hulls_of, model_hull, worthwhile
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
@@ -20,10 +23,10 @@ from tokenfactory.planning.placement.inputs import (
 from tokenfactory.planning.placement.plan import plan_placement
 from tokenfactory.planning.power.ledger import Ledger
 
-FLOOR_SHARE = 0.5
-"""The part of its range above the minimum that a serving GPU is to have, while no profile says what it needs."""
 _EFFORT = 64
 """How long to look for something better than the greedy answer: a round must end soon, and another one comes."""
+_DOMAIN = "power domain "
+"""Before a domain's name: a label that only placement sees, so that a factory's domain is one more selector."""
 _FAILURE_LABELS = ("topology.kubernetes.io/zone", "topology.tokenfactory.dev/rack")
 
 
@@ -42,13 +45,12 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
     }
     if not waiting:
         return Choice((), ())
-    products = {host.product for host in world.hosts.values() if host.product}
+    ranges = _ranges(world)
     candidates = tuple(
         _candidate(world, grid, host) for host in world.hosts.values() if host.held and host.product
     )
-    offers = {product: _offer(world, product) for product in products}
-    pods = tuple(_request(name, replica, offers) for name, replica in sorted(waiting.items()))
-    plan = plan_placement(Snapshot(candidates, pods, _headroom(grid, ledger)), effort=_EFFORT)
+    pods = tuple(_request(world, grid, name, replica, ranges) for name, replica in sorted(waiting.items()))
+    plan = plan_placement(Snapshot(candidates, pods, _headroom(world, grid, ledger)), effort=_EFFORT)
     wishes = tuple(Wish(waiting[placed.pod], placed.node, placed.message) for placed in plan.placed)
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
     return Choice(wishes, unplaced)
@@ -56,6 +58,7 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
 
 def _candidate(world: World, grid: Grid, host: GpuHost) -> NodeCandidate:
     labels = host.node.metadata.labels if host.node else {}
+    path = grid.places[host.name].path if host.name in grid.places else ()
     taints = host.node.spec.taints if host.node else ()
     granted = sum(grant.gpus for grant in host.grants)
     foreign = sum(1 for gpu in host.held.status.gpus if gpu.pod_uid == "" and gpu.pod) if host.held else 0
@@ -68,8 +71,8 @@ def _candidate(world: World, grid: Grid, host: GpuHost) -> NodeCandidate:
         product=host.product,
         gpus=host.gpu_count,
         free_gpus=max(0, host.gpu_count - granted - foreign),
-        path=grid.places[host.name].path if host.name in grid.places else (),
-        labels=labels,
+        path=path,
+        labels={**labels, **{_DOMAIN + domain: "yes" for domain in path}},
         taints=tuple(Taint(taint.key, taint.value, taint.effect) for taint in taints),
         failure_domains=tuple(labels[label] for label in _FAILURE_LABELS if label in labels),
         replicas=replicas,
@@ -93,42 +96,58 @@ def _closed(world: World, grid: Grid, host: GpuHost) -> str:
     return ""
 
 
-def _request(name: str, replica: Replica, offers: Mapping[str, Offer]) -> PodRequest:
-    namespace, factory = replica.pod.metadata.namespace, replica.factory
+def _request(
+    world: World, grid: Grid, name: str, replica: Replica, ranges: Mapping[str, tuple[int, int]]
+) -> PodRequest:
+    namespace, factory, model = replica.pod.metadata.namespace, replica.factory, replica.model
+    offers = {}
+    for product, (low, high) in ranges.items():
+        hull = model_hull(world, model, product, low, high)
+        watts = hull.milliwatts[hull.knee] / 1000
+        offers[product] = Offer(worthwhile(hull) - low, hull.tokens[hull.knee] / watts if watts else 0.0)
     return PodRequest(
         name=name,
-        model=f"{namespace}/{factory.metadata.name}/{replica.model.name}",
-        gpus=replica.model.gpus_per_replica,
+        model=f"{namespace}/{factory.metadata.name}/{model.name}",
+        gpus=model.gpus_per_replica,
         offers=offers,
-        band=replica.model.band,
-        selector=factory.spec.node_selector,
+        band=model.band,
+        value=float(parse_decimal(model.value_per_million_tokens)),
+        selector={**factory.spec.node_selector, _DOMAIN + factory.spec.power.domain: "yes"},
         tolerations=(Toleration(names.GPU_RESOURCE, "Exists"), Toleration(names.MANAGED_TAINT, "Exists")),
+        refused=refusals(world, grid.tree, factory, model),
     )
 
 
-def _offer(world: World, product: str) -> Offer:
-    """Alike for all products until profiles tell them apart."""
-    gpu = next(
-        gpu
-        for host in world.hosts.values()
-        if host.held
-        for gpu in host.held.status.gpus
-        if gpu.product == product
-    )
-    return Offer(round(FLOOR_SHARE * (gpu.max_milliwatts - gpu.min_milliwatts)), tokens_per_joule=1.0)
+def _ranges(world: World) -> dict[str, tuple[int, int]]:
+    """Lowest and highest cap of each product, as its agents report them."""
+    ranges: dict[str, tuple[int, int]] = {}
+    for host in world.hosts.values():
+        for gpu in host.held.status.gpus if host.held else ():
+            low, high = ranges.get(gpu.product, (0, 0))
+            ranges[gpu.product] = (max(low, gpu.min_milliwatts), max(high, gpu.max_milliwatts))
+    return ranges
 
 
-def _headroom(grid: Grid, ledger: Ledger) -> dict[str, int]:
-    """What is left when every serving GPU has its floor: what is charged above that can be taken back."""
+def _headroom(world: World, grid: Grid, ledger: Ledger) -> dict[str, int]:
+    """What is left when every serving GPU has what is worth serving at: what is charged above that can be had back.
+
+    A silent node gives nothing back (P4): it counts with its whole charge.
+    """
     left = {name: domain.usable_milliwatts for name, domain in grid.domains.items()}
-    for line, nodes in ledger.lines.items():
-        each = line.fixed
-        for demand in line.demands:
-            floor = demand.low
-            if names.class_owner(demand.class_name):
-                floor += round(FLOOR_SHARE * (demand.high - demand.low))
-            each += demand.count * floor
+    wanted: dict[tuple[str, int, int], int] = {}
+    for entry in ledger.entries.values():
+        line = entry.line
+        total = line.fixed
+        if not entry.facts.heard or entry.kind != "Charged":
+            total = ledger.line_charge(line)
+        else:
+            for demand in line.demands:
+                key = (demand.class_name, demand.low, demand.high)
+                if key not in wanted:
+                    hull = hulls_of(world, {demand.class_name: (demand.low, demand.high)})[demand.class_name]
+                    wanted[key] = worthwhile(hull)
+                total += demand.count * wanted[key]
         for domain in line.domains:
             if domain in left:
-                left[domain] -= each * len(nodes)
+                left[domain] -= total
     return left

@@ -10,6 +10,7 @@ from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus, Waitin
 from tokenfactory.api.quantities import Milliwatts, parse_decimal, parse_power_or_percent
 from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory, TokenFactoryStatus
 from tokenfactory.controller.actions import Action, WriteStatus
+from tokenfactory.controller.plan.bidding import Cleared
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.status import (
@@ -23,6 +24,7 @@ from tokenfactory.controller.plan.status import (
     watts,
 )
 from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.planning.power.explain import explain
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.publish import Wait
 
@@ -137,6 +139,7 @@ def factory_status(
     world: World,
     grid: Grid,
     ledger: Ledger,
+    cleared: Cleared | None,
     desired: Mapping[str, int],
     incidents: Sequence[Incident],
     storm: str,
@@ -146,7 +149,7 @@ def factory_status(
     replicas = world.replicas_of(factory)
     meters = _meters(world)
     models = tuple(
-        _model_status(world, ledger, factory, model, desired[model.name], replicas, meters)
+        _model_status(world, ledger, cleared, factory, model, desired[model.name], replicas, meters)
         for model in factory.spec.models
     )
     ready = sum(model.ready for model in models)
@@ -245,6 +248,7 @@ def _factory_verdicts(
 def _model_status(
     world: World,
     ledger: Ledger,
+    cleared: Cleared | None,
     factory: TokenFactory,
     model: ModelSpec,
     desired: int,
@@ -253,13 +257,13 @@ def _model_status(
 ) -> ModelStatus:
     mine = [replica for replica in replicas if replica.model.name == model.name]
     rate, per_joule = _totals(mine, meters)
+    owner = (factory.metadata.namespace or "", factory.metadata.name, model.name)
     caps = {
         gpu.enforced_milliwatts
         for host in world.hosts.values()
         if host.held
         for gpu in host.held.status.gpus
-        if names.class_owner(gpu.class_name)
-        == (factory.metadata.namespace, factory.metadata.name, model.name)
+        if names.class_owner(gpu.class_name) == owner
     }
     return ModelStatus(
         name=model.name,
@@ -269,7 +273,32 @@ def _model_status(
         tokens_per_joule=decimal(per_joule) if per_joule else "",
         charge=watts(_class_charge(ledger, factory, model)),
         cap=cap_range(caps),
+        bound_by=_bound_by(world, cleared, owner),
     )
+
+
+def _bound_by(world: World, cleared: Cleared | None, owner: tuple[str, str, str]) -> str:
+    """What binds it where its cap is lowest."""
+    if cleared is None:
+        return ""
+    clearing = cleared.settled.clearing
+    forest, goods = clearing.market.forest, clearing.market.order.goods
+    places = {
+        (host.held.spec.path[-1], grant.class_name)
+        for host in world.hosts.values()
+        if host.held is not None and host.held.spec.path
+        for grant in host.grants
+        if names.class_owner(grant.class_name) == owner
+    }
+    found = [
+        explain(clearing, domain, label, cleared.settled.adders)
+        for domain, label in sorted(places)
+        if domain in forest.index and label in goods.index
+    ]
+    if not found:
+        return ""
+    lowest = min(found, key=lambda each: (each.cap_milliwatts, each.domain))
+    return lowest.message[:253]
 
 
 def _class_charge(ledger: Ledger, factory: TokenFactory, model: ModelSpec) -> int:

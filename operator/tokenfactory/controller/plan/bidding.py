@@ -1,0 +1,367 @@
+"""The market as the controller needs it: classes from profiles, GPUs from the ledger, targets for the sheets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tokenfactory.api import names
+from tokenfactory.api.quantities import (
+    Milliwatts,
+    parse_decimal,
+    parse_duration,
+    parse_power,
+    parse_power_or_percent,
+)
+from tokenfactory.api.token_factory import ModelSpec, TokenFactory
+from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.world import World
+from tokenfactory.planning.power import budgets, catalogue
+from tokenfactory.planning.power.efficiency import Draw, PriceFloor, draw_of, find_price_floor, thresholds
+from tokenfactory.planning.power.forest import Fleet, Forest, muster
+from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass, gather_goods
+from tokenfactory.planning.power.governor import Allowance
+from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked
+
+FactoryKey = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A pod that is to be charged next: its watts are set aside before the grant is written."""
+
+    node: str
+    class_name: str
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What the market wants, and enough to explain it."""
+
+    targets: Mapping[str, Mapping[str, Allowance]]
+    settled: budgets.Settled
+    hulls: Mapping[str, Hull]
+    floors: Mapping[str, PriceFloor]
+    """By factory that has an efficiency target."""
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """GPUs of one class in one domain, and what their hardware can do."""
+
+    count: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class _Supply:
+    """The fleet as the market takes it."""
+
+    forest: Forest
+    goods: Goods
+    fleet: Fleet
+    committed: IntArray
+    limits: IntArray
+    purses: tuple[budgets.Purse, ...]
+
+    def settle(
+        self, floors: Mapping[int, float] | None = None, limits: IntArray | None = None
+    ) -> budgets.Settled:
+        at = self.limits if limits is None else limits
+        return budgets.settle(self.forest, self.goods, self.fleet, self.committed, at, self.purses, floors)
+
+
+def clear(world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]) -> Cleared | None:
+    """None when there is no domain at all."""
+    if not grid.domains:
+        return None
+    stands, committed = _stands(world, grid, ledger, coming)
+    hulls = hulls_of(world, {label: (each.low, each.high) for (_, label), each in stands.items()})
+    supply = _supply(world, grid, stands, committed, hulls)
+    floors = _price_floors(world, grid, ledger, supply)
+    index = supply.goods.factories.index if supply.goods.factories else None
+    by_index = {
+        index(name): floor.tokens_per_joule
+        for name, floor in floors.items()
+        if index and floor.tokens_per_joule
+    }
+    settled = supply.settle(by_index)
+    lowest = (
+        supply.settle(by_index, _lowest_limits(world, grid, supply)) if _has_timetable(world) else settled
+    )
+    targets = _targets(supply, settled, lowest, hulls)
+    return Cleared(targets, settled, hulls, floors)
+
+
+# --- classes
+
+
+def hulls_of(world: World, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Hull]:
+    """What a GPU of each class makes of its watts, between the limits that NVML reports."""
+    hulls = {}
+    for label, (low, high) in ranges.items():
+        found = find_model(world, label)
+        hulls[label] = (
+            parked(low)
+            if found is None
+            else model_hull(world, found[1], names.class_product(label), low, high)
+        )
+    return hulls
+
+
+def worthwhile(hull: Hull) -> int:
+    """The least that is worth serving at: the SLO floor, or the knee where no latency was asked for."""
+    return hull.milliwatts[hull.floor or hull.knee]
+
+
+def find_model(world: World, label: str) -> tuple[TokenFactory, ModelSpec] | None:
+    owner = names.class_owner(label)
+    factory = world.snapshot.factories.get((owner[0], owner[1])) if owner else None
+    if owner is None or factory is None:
+        return None
+    return next(((factory, model) for model in factory.spec.models if model.name == owner[2]), None)
+
+
+def model_hull(world: World, model: ModelSpec, product: str, low: int, high: int) -> Hull:
+    """From the PowerProfile that is named or that fits, else from the catalogue."""
+    points = profile_points(world, model, product)
+    if not points:
+        size = catalogue.billions_in(model.nim.image.rsplit("/", 1)[-1])
+        points = catalogue.curve_of(product, size, maximum_milliwatts=high)
+    slo = model.slo
+    requirement = Requirement(
+        inter_token_milliseconds=float(parse_duration(slo.inter_token_latency))
+        if slo.inter_token_latency
+        else None,
+    )
+    return hull_of(
+        points,
+        requirement,
+        minimum_milliwatts=low,
+        maximum_milliwatts=high,
+        gpus_per_replica=model.gpus_per_replica,
+    )
+
+
+def profile_points(world: World, model: ModelSpec, product: str) -> tuple[Point, ...]:
+    repository = model.nim.image.partition("@")[0].rsplit(":", 1)[0]
+    for (_, name), profile in sorted(world.snapshot.profiles.items()):
+        spec = profile.spec
+        named = model.power_profile == name
+        fits = model.power_profile is None and spec.model in {repository, repository.rsplit("/", 1)[-1]}
+        if (named or fits) and spec.gpu_product in {product, product.replace(" ", "-")}:
+            return tuple(
+                Point(
+                    milliwatts=parse_power(point.watts),
+                    tokens_per_second=float(parse_decimal(point.tokens_per_second)),
+                    concurrency=point.concurrency,
+                    inter_token_milliseconds=_milliseconds(point.inter_token_latency),
+                    first_token_milliseconds=_milliseconds(point.time_to_first_token),
+                )
+                for point in spec.points
+            )
+    return ()
+
+
+def _milliseconds(text: str | None) -> float | None:
+    return None if text is None else float(parse_duration(text))
+
+
+# --- supply
+
+
+def _stands(
+    world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]
+) -> tuple[dict[tuple[str, str], _Stand], dict[str, int]]:
+    """GPUs that obey, by (domain, class); and what each domain owes besides, by domain."""
+    stands: dict[tuple[str, str], _Stand] = {}
+    committed: dict[str, int] = defaultdict(int)
+
+    def add(domain: str, label: str, count: int, low: int, high: int) -> None:
+        held = stands.get((domain, label), _Stand(0, low, high))
+        stands[domain, label] = _Stand(held.count + count, max(held.low, low), max(held.high, high))
+
+    for name, entry in ledger.entries.items():
+        line, spec = entry.line, entry.node.spec
+        obeys = entry.kind == "Charged" and entry.facts.heard and not spec.former_paths
+        if not spec.path:
+            continue
+        if not obeys:
+            # P4: nothing that a silent node is charged can be had back, and a moving one counts on both paths.
+            for path in (spec.path, *spec.former_paths):
+                if path and path[-1] in grid.domains:
+                    committed[path[-1]] += ledger.line_charge(line)
+            continue
+        if spec.path[-1] not in grid.domains:
+            continue
+        committed[spec.path[-1]] += line.fixed
+        for demand in line.demands:
+            add(spec.path[-1], demand.class_name, demand.count, demand.low, demand.high)
+        del name
+    for pod in coming:
+        host = world.hosts[pod.node]
+        if host.held is None or not host.held.status.gpus or not host.held.spec.path:
+            continue
+        gpu, domain = host.held.status.gpus[0], host.held.spec.path[-1]
+        idle = stands.get((domain, names.idle_class(gpu.product)))
+        if idle is not None and domain in grid.domains:
+            stands[domain, names.idle_class(gpu.product)] = replace(idle, count=max(0, idle.count - pod.gpus))
+            add(domain, pod.class_name, pod.gpus, gpu.min_milliwatts, gpu.max_milliwatts)
+    return stands, committed
+
+
+def _supply(
+    world: World,
+    grid: Grid,
+    stands: Mapping[tuple[str, str], _Stand],
+    committed: Mapping[str, int],
+    hulls: Mapping[str, Hull],
+) -> _Supply:
+    forest = grid.tree.forest
+    labels = sorted(hulls)
+    classes = tuple(_power_class(world, label, hulls[label]) for label in labels)
+    goods = gather_goods(classes)
+    number = {each.name: index for index, each in enumerate(goods.classes)}
+    caller = {name: index for index, name in enumerate(grid.tree.domains)}
+    keys = sorted(stands)
+    fleet = muster(
+        forest,
+        np.array([caller[domain] for domain, _ in keys], dtype=np.int64),
+        np.array([number[label] for _, label in keys], dtype=np.int64),
+        len(classes),
+        np.array([stands[key].count for key in keys], dtype=np.int64),
+    )
+    owed = np.array([committed.get(name, 0) for name in forest.names], dtype=np.int64)
+    limits = np.array([grid.domains[name].usable_milliwatts for name in forest.names], dtype=np.int64)
+    return _Supply(forest, goods, fleet, owed, limits, _purses(world, grid, goods))
+
+
+def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
+    found = find_model(world, label)
+    if found is None:
+        return hull.to_class(label, band=0)
+    factory, model = found
+    return hull.to_class(
+        label,
+        band=model.band,
+        value_per_token=float(parse_decimal(model.value_per_million_tokens)) / 1e6,
+        factory=_name(factory),
+        gpus_per_replica=model.gpus_per_replica,
+        min_replicas=model.replicas.min,
+    )
+
+
+def _name(factory: TokenFactory) -> str:
+    return f"{factory.metadata.namespace}/{factory.metadata.name}"
+
+
+def _purses(world: World, grid: Grid, goods: Goods) -> tuple[budgets.Purse, ...]:
+    """Factories with a budget of their own."""
+    found = []
+    for factory in world.snapshot.factories.values():
+        power = factory.spec.power
+        if power.budget is None or power.domain not in grid.domains:
+            continue
+        members = np.array([each.factory == _name(factory) for each in goods.classes], dtype=np.bool_)
+        if members.any():
+            whole = Milliwatts(grid.limit(power.domain))
+            found.append(budgets.Purse(_name(factory), members, parse_power_or_percent(power.budget, whole)))
+    return tuple(found)
+
+
+# --- efficiency
+
+
+def _price_floors(world: World, grid: Grid, ledger: Ledger, supply: _Supply) -> dict[str, PriceFloor]:
+    """For each factory with a target: which watts it does not buy although it could."""
+    found: dict[str, PriceFloor] = {}
+    for factory in world.snapshot.factories.values():
+        efficiency = factory.spec.efficiency
+        name = _name(factory)
+        if efficiency is None or name not in supply.goods.factories:
+            continue
+        number = supply.goods.factories.index(name)
+        overhead = _overhead_watts(world, grid, ledger, factory)
+
+        def draw_at(floor: float, number: int = number, name: str = name, overhead: float = overhead) -> Draw:
+            return draw_of(supply.settle({number: floor}).clearing, name, overhead_watts=overhead)
+
+        target = float(parse_decimal(efficiency.tokens_per_joule))
+        found[name] = find_price_floor(target, thresholds(supply.goods, name), draw_at)
+    return found
+
+
+def _overhead_watts(world: World, grid: Grid, ledger: Ledger, factory: TokenFactory) -> float:
+    """What counts besides its GPUs: its part of its nodes, and for Facility also of the domain's fixed load."""
+    assert factory.spec.efficiency is not None
+    scope = factory.spec.efficiency.scope
+    if scope == "GPU":
+        return 0.0
+    total, mine, everything = 0.0, 0, 0
+    key = (factory.metadata.namespace, factory.metadata.name)
+    for entry in ledger.entries.values():
+        host = world.hosts.get(entry.node.metadata.name)
+        count = host.gpu_count if host else 0
+        granted = sum(
+            grant.gpus
+            for grant in entry.node.spec.pods
+            if (names.class_owner(grant.class_name) or ("", "", ""))[:2] == key
+        )
+        everything += count
+        mine += granted
+        if count:
+            total += entry.node.spec.overhead_milliwatts / 1000 * min(1.0, granted / count)
+    if scope == "Facility" and everything:
+        domain = grid.tree.domains.get(factory.spec.power.domain)
+        total += (domain.fixed_load_milliwatts / 1000 if domain else 0.0) * mine / everything
+    return total
+
+
+# --- targets
+
+
+def _targets(
+    supply: _Supply, settled: budgets.Settled, lowest: budgets.Settled, hulls: Mapping[str, Hull]
+) -> dict[str, dict[str, Allowance]]:
+    """Per domain the classes that stand below it. What falls back keeps its SLO floor, if the lowest limit does."""
+    forest, fleet = supply.forest, supply.fleet
+    below: dict[int, set[int]] = defaultdict(set)
+    for domain, number in zip(fleet.domain.tolist(), fleet.class_index.tolist(), strict=True):
+        for position in forest.path(domain):
+            below[position].add(number)
+    targets: dict[str, dict[str, Allowance]] = {}
+    for position, name in enumerate(forest.names):
+        caps, low = settled.clearing.sheet(position), lowest.clearing.sheet(position)
+        targets[name] = {}
+        for number in sorted(below[position]):
+            each = supply.goods.classes[number]
+            hull = hulls[each.name]
+            cap = int(caps[number])
+            fallback = min(cap, int(low[number]), worthwhile(hull))
+            targets[name][each.name] = Allowance(cap, max(fallback, min(cap, each.milliwatts[0])))
+    return targets
+
+
+def _has_timetable(world: World) -> bool:
+    return any(domain.spec.timetable for domain in world.snapshot.domains.values())
+
+
+def _lowest_limits(world: World, grid: Grid, supply: _Supply) -> IntArray:
+    """The lowest limit that any window of a timetable will set: what must fit when nobody can say so any more."""
+    limits = supply.limits.copy()
+    for position, name in enumerate(supply.forest.names):
+        domain = world.snapshot.domains.get(("", name))
+        if domain is None or not domain.spec.timetable:
+            continue
+        whole = grid.limit(name)
+        least = min(
+            int(parse_power_or_percent(entry.limit, Milliwatts(whole))) for entry in domain.spec.timetable
+        )
+        limits[position] = min(int(limits[position]), int(limits[position]) * least // max(1, whole))
+    return limits
