@@ -113,7 +113,6 @@ def test_detached_it_outlives_its_owner_until_down(tmp_path: Path):
     process.kill()
     process.wait()
 
-    # Still obeying proves that it saw the owner's end and stayed.
     plan = components.Plan(
         tmp_path / "c",
         tmp_path,
@@ -122,11 +121,13 @@ def test_detached_it_outlives_its_owner_until_down(tmp_path: Path):
         Authority(tmp_path / "c/pki"),
     )
     attached = Cluster(plan)
-    attached.stop_component("etcd")
-    assert set(attached.running()) == {"kube-apiserver"}
-    assert cluster_folder.is_locked(tmp_path / "c")
-
-    attached.down()
+    try:
+        # Still obeying proves that it saw the owner's end and stayed.
+        attached.stop_component("etcd")
+        assert set(attached.running()) == {"kube-apiserver"}
+        assert cluster_folder.is_locked(tmp_path / "c")
+    finally:
+        attached.down()
     assert gone(started)
     assert not cluster_folder.is_locked(tmp_path / "c")
     attached.down()
