@@ -125,6 +125,16 @@ def hull_of(
     return _finish([start, *kept], 1, meets_slo=True)
 
 
+def hull_of_curve(curve: list[tuple[int, float]], floor: int | None) -> Hull:
+    """The hull of one curve from NVML's minimum up; `floor` is the SLO floor's cap, if there is one."""
+    if len(curve) < 2:
+        return parked(curve[0][0])
+    if floor is None or floor <= curve[0][0]:
+        return _finish(curve, None, meets_slo=True)
+    kept = [(w, t) for w, t in curve if w >= floor] or [curve[-1]]
+    return _finish([curve[0], *kept], 1, meets_slo=True)
+
+
 def _at_load(points: list[Point], concurrency: int | None) -> list[Point]:
     """Points a replica with that load can be at: a replica never serves more at once than it is sent."""
     if concurrency is None or not points:

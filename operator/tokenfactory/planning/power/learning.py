@@ -1,0 +1,249 @@
+"""Learning a class's curve from what its GPUs make at the caps they are given.
+
+The catalogue is the beginning: its curve, scaled to what is observed, holds where nothing was observed yet.
+Observations count by how much they saw, fade with age (knees move), and are looked at against the *cap*, not
+against measured watts: a board's sensor may be off by 5 %, but it is the cap that is charged.
+
+The SLO floor is learned from above. Down from a cap that was seen to keep the latency with room to spare,
+the next is tried on one group; how far a step may go follows from the steepest cliff that is thought
+possible. So learning itself never crosses a floor, and a floor that moves up is followed at once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tokenfactory.planning.power.goods import FloatArray
+from tokenfactory.planning.power.profile import Hull, Point, hull_of_curve
+
+# Watts between the caps at which the curve is kept.
+GRID_MILLIWATTS = 5_000
+# What is left of an observation's weight after one control period.
+KEEP = 0.93
+# How far an observation speaks for its neighbours, as a share of the cap.
+REACH = 0.02
+# The catalogue weighs as much as this many GPU periods.
+PRIOR_WEIGHT = 0.5
+# Tokens lost per share of cap, on the steepest cliff that is thought possible.
+STEEPEST = 3.0
+# What must be left of the latency's room: noise and a knee that moves between two looks.
+ROOM = 0.05
+# One step down, as a share of the cap.
+STEP = 0.02
+# One observation moves what is known by no more than if it were this far off.
+FAR_OFF = 0.3
+# A group this much slower than thought halves the weight of what was seen there before.
+SLOWER = 0.08
+DOUBT = 0.5
+KNOWN_WEIGHT = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a group of GPUs with one cap made over one control period."""
+
+    cap_milliwatts: int
+    tokens_per_second: float
+    """Per GPU."""
+    gpus: int = 1
+    inter_token_milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is known of one class. Arrays are by cap, `GRID_MILLIWATTS` apart from `minimum_milliwatts` on."""
+
+    minimum_milliwatts: int
+    maximum_milliwatts: int
+    prior: FloatArray
+    """Tokens per second by the catalogue."""
+    weight: FloatArray
+    total: FloatArray
+    """Weighted sum of observed tokens per second."""
+    latency_weight: float
+    latency_total: float
+    """Weighted sum of tokens per second times latency, which hardly depends on the cap."""
+    allowed_milliseconds: float | None
+    """The inter-token latency to keep; None: no SLO floor."""
+    start_floor: int
+    """The lowest cap that the catalogue vouches for."""
+
+    @property
+    def caps(self) -> FloatArray:
+        return self.minimum_milliwatts + GRID_MILLIWATTS * np.arange(self.prior.size, dtype=np.float64)
+
+    def estimate(self) -> FloatArray:
+        """Tokens per second at each cap: the catalogue's shape, bent to what was seen, never falling with watts."""
+        caps = self.caps
+        prior = np.maximum(self.prior, 1e-9)
+        seen = np.flatnonzero(self.weight > 1e-6)
+        if not seen.size:
+            return self.prior
+        ratio = self.total[seen] / self.weight[seen] / prior[seen]
+        overall = float(np.average(ratio, weights=self.weight[seen]))
+        near = np.exp(-0.5 * ((caps[:, None] - caps[seen][None, :]) / (REACH * caps[seen][None, :])) ** 2)
+        pull = near * self.weight[seen][None, :]
+        bent = (pull @ ratio + PRIOR_WEIGHT * overall) / (pull.sum(axis=1) + PRIOR_WEIGHT)
+        return _rising(prior * bent, pull.sum(axis=1) + PRIOR_WEIGHT)
+
+    def confidence(self) -> float:
+        """0 to 1: how much of the range in use was seen well enough."""
+        floor = self.safe_floor() if self.allowed_milliseconds is not None else self.minimum_milliwatts
+        caps = self.caps
+        use = caps >= floor
+        known = self._known()
+        return float((known & use).sum() / max(int(use.sum()), 1))
+
+    def _known(self) -> np.typing.NDArray[np.bool_]:
+        """Caps that were seen well enough, or are near one that was."""
+        seen = np.flatnonzero(self.weight >= KNOWN_WEIGHT)
+        known = np.zeros(self.prior.size, dtype=np.bool_)
+        for at in seen:
+            reach = 2 * REACH * self.caps[at]
+            known |= np.abs(self.caps - self.caps[at]) <= reach
+        return known
+
+    def _needed_tokens(self) -> float:
+        """Below this rate the latency is not kept; 0 while no latency was seen or asked for."""
+        if self.allowed_milliseconds is None or self.latency_weight <= 0:
+            return 0.0
+        return self.latency_total / self.latency_weight / self.allowed_milliseconds
+
+    def safe_floor(self) -> int:
+        """The lowest cap that is known, or vouched for, to keep the latency."""
+        if self.allowed_milliseconds is None:
+            return self.minimum_milliwatts
+        needed = self._needed_tokens() * (1 + ROOM)
+        if needed <= 0:
+            return self.start_floor
+        seen = np.flatnonzero(self.weight >= KNOWN_WEIGHT / 2)
+        lowest = int(min(self.caps[seen].min(initial=self.start_floor), self.start_floor))
+        keeps = (self.estimate() >= needed) & (self.caps >= lowest)
+        return int(self.caps[np.flatnonzero(keeps)[0]]) if keeps.any() else self.maximum_milliwatts
+
+    def next_step_down(self) -> int | None:
+        """A lower cap to try on one group; None when the next step might cross the SLO floor."""
+        floor = self.safe_floor()
+        lower = int(floor * (1 - STEP)) // 1000 * 1000
+        if lower < self.minimum_milliwatts:
+            return None
+        at = round((floor - self.minimum_milliwatts) / GRID_MILLIWATTS)
+        at = min(at, self.prior.size - 1)
+        needed = self._needed_tokens()
+        if self.allowed_milliseconds is not None:
+            near = np.abs(self.caps - floor) <= REACH * floor
+            if needed <= 0 or self.weight[near].sum() < KNOWN_WEIGHT / 2:
+                return None  # the present floor itself was not looked at yet
+            if self.estimate()[at] < needed * (1 + ROOM + STEEPEST * STEP):
+                return None
+        return lower
+
+    def least_known(self) -> int | None:
+        """The cap above the floor that was seen least; None when all were seen well enough."""
+        known = self._known()
+        # Near the floor only steps from above are safe: there the curve may have moved unseen.
+        lowest = self.safe_floor() * (1 + 2 * STEP) if self.allowed_milliseconds is not None else 0
+        open_caps = np.flatnonzero(~known & (self.caps >= lowest))
+        if not open_caps.size:
+            return None
+        # The farthest from anything known first: it tells the most.
+        seen = np.flatnonzero(known)
+        if not seen.size:
+            return int(self.caps[open_caps[-1]])
+        distance = np.abs(open_caps[:, None] - seen[None, :]).min(axis=1)
+        return int(self.caps[open_caps[int(np.argmax(distance))]])
+
+    def hull(self) -> Hull:
+        """What the market may sell: from the safe floor up."""
+        caps, tokens = self.caps.astype(np.int64), self.estimate()
+        curve = [(int(c), float(t)) for c, t in zip(caps, tokens, strict=True)]
+        floor = self.safe_floor() if self.allowed_milliseconds is not None else None
+        return hull_of_curve(curve, floor)
+
+    def points(self) -> tuple[Point, ...]:
+        """The same for a `PowerProfile`'s status: where something was seen."""
+        tokens = self.estimate()
+        latency = self.latency_total / self.latency_weight if self.latency_weight > 0 else None
+        return tuple(
+            Point(
+                milliwatts=int(self.caps[at]),
+                tokens_per_second=float(tokens[at]),
+                inter_token_milliseconds=None if latency is None else latency / max(float(tokens[at]), 1e-9),
+            )
+            for at in np.flatnonzero(self.weight >= KNOWN_WEIGHT)
+        )
+
+
+def begin(
+    prior: Iterable[tuple[int, float]],
+    *,
+    minimum_milliwatts: int,
+    maximum_milliwatts: int,
+    allowed_milliseconds: float | None = None,
+    start_floor: int | None = None,
+) -> Learned:
+    """Knows only the catalogue. `prior` are (cap, tokens per second); `start_floor` the cap it vouches for."""
+    count = max((maximum_milliwatts - minimum_milliwatts) // GRID_MILLIWATTS, 0) + 1
+    caps = minimum_milliwatts + GRID_MILLIWATTS * np.arange(count)
+    known = sorted(prior) or [(minimum_milliwatts, 1.0), (maximum_milliwatts, 2.0)]
+    tokens = np.interp(caps, [c for c, _ in known], [t for _, t in known])
+    zero = np.zeros(count)
+    return Learned(
+        minimum_milliwatts=minimum_milliwatts,
+        maximum_milliwatts=maximum_milliwatts,
+        prior=_rising(tokens, np.ones(count)),
+        weight=zero,
+        total=zero,
+        latency_weight=0.0,
+        latency_total=0.0,
+        allowed_milliseconds=allowed_milliseconds,
+        start_floor=maximum_milliwatts if start_floor is None else start_floor,
+    )
+
+
+def learn(state: Learned, observations: Iterable[Observation]) -> Learned:
+    """One control period later. Old observations fade first."""
+    weight, total = state.weight * KEEP, state.total * KEEP
+    latency_weight, latency_total = state.latency_weight * KEEP, state.latency_total * KEEP
+    expected = state.estimate()
+    trusted = state.confidence() > 0
+    for seen in observations:
+        if not np.isfinite(seen.tokens_per_second) or seen.tokens_per_second <= 0 or seen.gpus <= 0:
+            continue
+        at = round((seen.cap_milliwatts - state.minimum_milliwatts) / GRID_MILLIWATTS)
+        at = min(max(at, 0), state.prior.size - 1)
+        # Noise shrinks with the number of GPUs, but what a group has in common does not.
+        counts = seen.gpus / (1 + 0.25 * seen.gpus)
+        tokens = seen.tokens_per_second
+        if trusted and weight[at] >= KNOWN_WEIGHT:
+            tokens = min(max(tokens, (1 - FAR_OFF) * expected[at]), (1 + FAR_OFF) * expected[at])
+            if tokens < (1 - SLOWER) * expected[at]:
+                # Slower than thought: the knee may have moved up, and down is safe. What is old is doubted.
+                near = np.abs(state.caps - state.caps[at]) <= REACH * state.caps[at]
+                weight[near] *= DOUBT
+                total[near] *= DOUBT
+        weight[at] += counts
+        total[at] += counts * tokens
+        if seen.inter_token_milliseconds is not None:
+            latency_weight += counts
+            latency_total += counts * seen.tokens_per_second * seen.inter_token_milliseconds
+    return replace(
+        state, weight=weight, total=total, latency_weight=latency_weight, latency_total=latency_total
+    )
+
+
+def _rising(values: FloatArray, weights: FloatArray) -> FloatArray:
+    """The nearest curve that never falls (pool adjacent violators)."""
+    means: list[float] = []
+    masses: list[float] = []
+    sizes: list[int] = []
+    for value, mass in zip(values.tolist(), weights.tolist(), strict=True):
+        means.append(value)
+        masses.append(mass)
+        sizes.append(1)
+        while len(means) > 1 and means[-2] > means[-1]:
+            both = masses[-2] + masses[-1]
+            mean = (means[-2] * masses[-2] + means[-1] * masses[-1]) / both
+            means[-2:], masses[-2:], sizes[-2:] = [mean], [both], [sizes[-2] + sizes[-1]]
+    return np.repeat(np.array(means, dtype=np.float64), sizes)

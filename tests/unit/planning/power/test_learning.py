@@ -1,0 +1,154 @@
+"""A class's curve is learned from noisy feedback, and never by crossing its SLO floor."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenfactory.planning.power.learning import Observation, begin, learn
+
+LOW, HIGH = 200_000, 700_000
+PRIOR = [(200_000, 100.0), (500_000, 1000.0), (700_000, 1000.0)]
+
+
+def fresh(**kwargs):
+    return begin(PRIOR, minimum_milliwatts=LOW, maximum_milliwatts=HIGH, **kwargs)
+
+
+def true_tokens(cap, knee=400_000, top=800.0):
+    return top * max(1 - 2.0 * max(knee - cap, 0) / knee, 0.05)
+
+
+def at(state, cap):
+    return float(np.interp(cap, state.caps, state.estimate()))
+
+
+def test_knowing_nothing_it_says_what_the_catalogue_says():
+    state = fresh()
+    assert state.confidence() == 0
+    assert at(state, 350_000) == pytest.approx(550)
+    assert state.hull().milliwatts[-1] == 500_000
+    assert state.points() == ()
+
+
+def test_a_wrong_scale_is_corrected_everywhere_by_one_place():
+    state = learn(fresh(), [Observation(600_000, 500.0, 8)] * 4)
+    assert at(state, 600_000) == pytest.approx(500, rel=0.02)
+    assert at(state, 500_000) == pytest.approx(500, rel=0.02)
+
+
+def test_a_curve_is_found_in_noise_and_with_sensors_that_are_off():
+    rng = np.random.default_rng(1)
+    state = fresh()
+    gains = rng.uniform(0.95, 1.05, size=(20, 8))
+    for _ in range(30):
+        seen = []
+        for group in gains:
+            cap = int(rng.integers(LOW, HIGH))
+            made = np.mean([true_tokens(cap / gain) for gain in group]) * rng.normal(1, 0.03)
+            seen.append(Observation(cap, float(made), 8))
+        state = learn(state, seen)
+    for cap in range(250_000, HIGH, 50_000):
+        assert at(state, cap) == pytest.approx(true_tokens(cap), rel=0.05)
+    assert state.confidence() > 0.9
+    hull = state.hull()
+    assert hull.milliwatts[hull.knee] == pytest.approx(400_000, rel=0.06)
+
+
+def test_a_knee_that_moves_is_followed():
+    state = fresh()
+    for knee in (400_000, 480_000):
+        for _ in range(30):
+            caps = range(300_000, HIGH, 25_000)
+            state = learn(state, [Observation(c, true_tokens(c, knee), 8) for c in caps])
+    assert at(state, 425_000) == pytest.approx(true_tokens(425_000, 480_000), rel=0.05)
+
+
+def test_one_wild_reading_moves_little():
+    state = fresh()
+    for _ in range(10):
+        state = learn(state, [Observation(600_000, 800.0, 8)] * 2)
+    wild = learn(
+        state, [Observation(600_000, 8.0, 8), Observation(600_000, 0.0), Observation(1, float("nan"))]
+    )
+    assert at(wild, 600_000) == pytest.approx(800, rel=0.05)
+
+
+def served(state, knee, periods, rng, drift=0.0):
+    """One group at the safe floor, one at the next step: the lowest cap tried, against the true floor."""
+    crossed = 0
+    for period in range(periods):
+        true_knee = knee * (1 + drift * period)
+        true_floor = true_knee * (1 - 0.2 / 2.0)  # 80 % of the tokens keep the latency
+        caps = [state.safe_floor(), state.next_step_down() or state.safe_floor(), HIGH]
+        crossed += sum(cap < true_floor for cap in caps)
+        seen = []
+        for cap in caps:
+            made = true_tokens(cap, true_knee)
+            latency = 50 * 0.8 * 800 / made
+            noisy, slow = made * rng.normal(1, 0.02), latency * rng.normal(1, 0.02)
+            seen.append(Observation(cap, noisy, 8, slow))
+        state = learn(state, seen)
+    return state, crossed
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("drift", [0.0, 0.003, -0.003])
+def test_the_floor_is_approached_from_above_and_never_crossed(seed, drift):
+    start = fresh(allowed_milliseconds=50.0, start_floor=480_000)
+    state, crossed = served(start, 400_000, 40, np.random.default_rng(seed), drift)
+    assert crossed == 0
+    true_floor = 400_000 * (1 + drift * 39) * 0.9
+    assert true_floor <= state.safe_floor() <= 1.2 * true_floor
+
+
+def test_without_a_look_at_the_present_floor_no_step_is_taken():
+    state = fresh(allowed_milliseconds=50.0, start_floor=480_000)
+    assert state.next_step_down() is None
+    state = learn(state, [Observation(HIGH, 800, 8, 30.0)] * 4)
+    assert state.safe_floor() == 480_000
+    assert state.next_step_down() is None
+
+
+def test_a_floor_that_moves_up_is_followed_at_once():
+    state = fresh(allowed_milliseconds=50.0, start_floor=400_000)
+    for _ in range(5):
+        state = learn(state, [Observation(400_000, 800, 8, 40.0), Observation(HIGH, 800, 8, 40.0)])
+    assert state.safe_floor() <= 400_000
+    for _ in range(4):
+        state = learn(state, [Observation(400_000, 500, 8, 64.0), Observation(HIGH, 800, 8, 40.0)])
+    assert state.safe_floor() > 400_000
+
+
+def test_the_least_known_cap_is_far_from_the_known_ones_and_above_the_floor():
+    state = fresh(allowed_milliseconds=50.0, start_floor=400_000)
+    state = learn(state, [Observation(HIGH, 800, 8, 30.0)] * 2)
+    assert 400_000 < state.least_known() < 450_000
+    known = learn(fresh(), [Observation(c, true_tokens(c), 8) for c in range(LOW, HIGH + 1, 10_000)])
+    assert known.least_known() is None
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 10**6),
+            st.floats(allow_nan=True, allow_infinity=True),
+            st.integers(-1, 64),
+            st.none() | st.floats(0.001, 1e4),
+        ),
+        max_size=20,
+    ),
+    st.none() | st.floats(1, 500),
+)
+@settings(deadline=None)
+def test_whatever_is_reported_the_curve_stays_rising_and_the_floor_within_the_limits(rows, allowed):
+    state = fresh(allowed_milliseconds=allowed, start_floor=450_000)
+    state = learn(state, [Observation(c, t, g, m) for c, t, g, m in rows])
+    assert np.isfinite(state.estimate()).all()
+    assert (np.diff(state.estimate()) >= -1e-6 * np.abs(state.estimate()).max()).all()
+    assert LOW <= state.safe_floor() <= HIGH
+    assert 0 <= state.confidence() <= 1
+    hull = state.hull()
+    assert hull.milliwatts[0] == LOW
+    step = state.next_step_down()
+    assert step is None or LOW <= step < state.safe_floor() + 1
