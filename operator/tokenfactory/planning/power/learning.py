@@ -33,6 +33,8 @@ ROOM = 0.05
 STEP = 0.02
 # One observation moves what is known by no more than if it were this far off.
 FAR_OFF = 0.3
+# No GPU makes as many tokens a second, and no token takes as many milliseconds.
+ABSURD = 1e8
 # A group this much slower than thought halves the weight of what was seen there before.
 SLOWER = 0.08
 DOUBT = 0.5
@@ -209,7 +211,7 @@ def learn(state: Learned, observations: Iterable[Observation]) -> Learned:
     expected = state.estimate()
     trusted = state.confidence() > 0
     for seen in observations:
-        if not np.isfinite(seen.tokens_per_second) or seen.tokens_per_second <= 0 or seen.gpus <= 0:
+        if not 0 < seen.tokens_per_second < ABSURD or seen.gpus <= 0:
             continue
         at = round((seen.cap_milliwatts - state.minimum_milliwatts) / GRID_MILLIWATTS)
         at = min(max(at, 0), state.prior.size - 1)
@@ -225,7 +227,7 @@ def learn(state: Learned, observations: Iterable[Observation]) -> Learned:
                 total[near] *= DOUBT
         weight[at] += counts
         total[at] += counts * tokens
-        if seen.inter_token_milliseconds is not None:
+        if seen.inter_token_milliseconds is not None and 0 < seen.inter_token_milliseconds < ABSURD:
             latency_weight += counts
             latency_total += counts * seen.tokens_per_second * seen.inter_token_milliseconds
     return replace(

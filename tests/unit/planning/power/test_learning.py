@@ -1,5 +1,7 @@
 """A class's curve is learned from noisy feedback, and never by crossing its SLO floor."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,7 +142,7 @@ def test_the_least_known_cap_is_far_from_the_known_ones_and_above_the_floor():
     ),
     st.none() | st.floats(1, 500),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=int(os.environ.get("MARKET_EXAMPLES", "60")))
 def test_whatever_is_reported_the_curve_stays_rising_and_the_floor_within_the_limits(rows, allowed):
     state = fresh(allowed_milliseconds=allowed, start_floor=450_000)
     state = learn(state, [Observation(c, t, g, m) for c, t, g, m in rows])
