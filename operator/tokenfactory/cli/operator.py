@@ -38,6 +38,7 @@ def operator(
     from tokenfactory.controller.workloads import WorkloadOptions
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per event says nothing to anybody
     options = OperatorOptions(
         namespace=namespace,
         plan=Options(

@@ -21,6 +21,8 @@ class PublishSheet:
     held: CapSheet | None
     spec: CapSheetSpec
     reason: str
+    lowers: bool = False
+    """It raises nothing, whoever obeys what."""
     name: str = ""
     """Of a sheet to create, where it is not its domain's: the renewal of a tree."""
 

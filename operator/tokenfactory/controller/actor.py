@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -44,10 +44,18 @@ class Actor:
         self.writes = 0
         self.refused = 0
 
-    async def execute(self, actions: Sequence[act.Action]) -> bool:
-        """True when all were taken; false when some were refused or failed and a new plan is needed."""
+    async def execute(
+        self, actions: Sequence[act.Action], may_raise: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """True when all were taken; false when some were refused or failed and a new plan is needed.
+
+        Once `may_raise` says no, whatever could raise a charge is left to the next plan.
+        """
         complete = True
         for action in actions:
+            if _raises(action) and not may_raise():
+                complete = False
+                continue
             try:
                 answer = await self._take(action)
             except (ApiError, UnreachableError) as error:
@@ -165,6 +173,12 @@ class Actor:
 
     def _tell(self, event: act.Tell) -> None:
         self._recorder.event(event.about, event.reason, event.message, type=event.type)
+
+
+def _raises(action: act.Action) -> bool:
+    return isinstance(action, act.ChargeNode | act.OpenGate) or (
+        isinstance(action, act.PublishSheet) and not action.lowers
+    )
 
 
 def _owner(owner: Any) -> OwnerReference:

@@ -38,6 +38,7 @@ class Composed:
     world: World
     grid: Grid
     ledger: Ledger
+    cleared: bidding.Cleared | None
 
 
 def compose(snapshot: Snapshot, options: Options) -> Composed:
@@ -69,7 +70,9 @@ def compose(snapshot: Snapshot, options: Options) -> Composed:
     actions += serve(world, replicas, options.workloads)
     unplaced = (*choice.unplaced, *granting.waiting)
     actions += _tell(world, grid, ledger, sheets, cleared, replicas, unplaced)
-    return Composed(Plan(tuple(actions), again_after_seconds=_again(world, grid)), world, grid, ledger)
+    return Composed(
+        Plan(tuple(actions), again_after_seconds=_again(world, grid)), world, grid, ledger, cleared
+    )
 
 
 def _ledger(world: World, grid: Grid) -> Ledger:
@@ -89,6 +92,7 @@ def _publish(world: World, sheets: SheetPlan) -> list[Action]:
             world.snapshot.sheets.get(("", write.spec.domain)),
             write.spec,
             f"{write.why} epoch {write.spec.epoch}",
+            lowers=write.why == "Cut",
         )
         for write in writes
     ]

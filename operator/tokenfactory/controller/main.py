@@ -18,10 +18,12 @@ from pathlib import Path
 
 import msgspec
 
+from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.controller.actions import Plan
 from tokenfactory.controller.actor import Actor
 from tokenfactory.controller.collector import CheckpointCollector
 from tokenfactory.controller.compose import Options, compose
+from tokenfactory.controller.cutting import Cutter
 from tokenfactory.controller.metrics import Metrics
 from tokenfactory.controller.observer import Observer
 from tokenfactory.controller.reconciler import Reconciler
@@ -85,10 +87,15 @@ async def _lead(
     actor = Actor(client, recorder, election.guard(margin_seconds=2.0))
     metrics = Metrics()
     observer = Observer(client, options.namespace)
+    cutter = Cutter(observer.stores[PowerDomain].snapshot, lambda: observer.sheets.snapshot().objects, actor)
     reconciler = Reconciler(
-        partial(observer.snapshot, leadership), partial(_plan, options.plan, metrics), actor
+        partial(observer.snapshot, leadership),
+        partial(_plan, options.plan, metrics, cutter),
+        actor,
+        generation=lambda: cutter.generation,
     )
     observer.on_change(reconciler.changed)
+    observer.stores[PowerDomain].on_change(cutter.domain_changed)
     renewer = Renewer(client, observer, leadership, election.guard(margin_seconds=2.0))
     collector = CheckpointCollector(observer, actor.writer)
     shell = KopfShell(
@@ -112,6 +119,7 @@ async def _lead(
                 log.info("everything is listed", extra={"term": leadership.term})
                 running.append(tasks.create_task(renewer.run()))
                 running.append(tasks.create_task(collector.run()))
+                running.append(tasks.create_task(cutter.run()))
                 running.append(tasks.create_task(reconciler.run()))
             await stop.wait()
             for task in running:
@@ -125,8 +133,9 @@ async def _lead(
         )
 
 
-def _plan(options: Options, metrics: Metrics, snapshot: Snapshot) -> Plan:
+def _plan(options: Options, metrics: Metrics, cutter: Cutter, snapshot: Snapshot) -> Plan:
     composed = compose(snapshot, options)
+    cutter.planned(composed)
     metrics.show(composed)
     return composed.plan
 

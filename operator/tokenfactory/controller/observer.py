@@ -37,7 +37,7 @@ class Observer:
     def __init__(self, client: Client, namespace: str) -> None:
         self._client = client
         self._listeners: list[Callable[[], None]] = []
-        self.stores: dict[type[Resource], Store[Any]] = {kind: Store(kind, self._changed) for kind in WATCHED}
+        self.stores: dict[type[Resource], Store[Any]] = {kind: Store(kind) for kind in WATCHED}
         self.sheets = Cache(client, CapSheet)
         self.gpu_nodes = Cache(client, GPUNode)
         self.nodes = Cache(client, Node)
@@ -59,6 +59,8 @@ class Observer:
         self._listed = asyncio.Event()
         for cache in self._caches:
             cache.on_change(lambda _: self._changed())
+        for store in self.stores.values():
+            store.on_change(self._changed)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` for each change of anything here."""

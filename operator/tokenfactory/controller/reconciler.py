@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from tokenfactory.controller.actions import Plan
 from tokenfactory.controller.actor import Actor
@@ -20,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """Plans over the whole snapshot each time: level-triggered, so a lost event costs a delay and nothing else."""
+    """Plans over the whole snapshot each time; `generation` changes when a cut has made running plans too generous.
+
+    Level-triggered, so a lost event costs a delay and nothing else.
+    """
 
     def __init__(
         self,
@@ -28,12 +32,14 @@ class Reconciler:
         plan: Callable[[Snapshot], Plan],
         actor: Actor,
         *,
+        generation: Callable[[], int] = lambda: 0,
         gather_seconds: float = 0.05,
         retry_seconds: float = 1.0,
     ) -> None:
         self._observe = observe
         self._plan = plan
         self._actor = actor
+        self._generation = generation
         self._gather = gather_seconds
         self._retry = retry_seconds
         self._dirty = asyncio.Event()
@@ -56,12 +62,17 @@ class Reconciler:
                 await asyncio.sleep(self._gather)
             self._dirty.clear()
             started = time.monotonic()
-            plan = self._plan(self._observe())
-            complete = await self._actor.execute(plan.actions)
+            generation = self._generation()
+            # Pure and immutable, so it may take its time beside the loop, which goes on taking in events and cuts.
+            plan = await asyncio.to_thread(self._plan, self._observe())
+            complete = await self._actor.execute(plan.actions, partial(self._is, generation))
             self.rounds += 1
             self.last_round_at = time.monotonic()
             self.last_seconds = self.last_round_at - started
             wait = plan.again_after_seconds if complete else min(self._retry, plan.again_after_seconds)
+
+    def _is(self, generation: int) -> bool:
+        return self._generation() == generation
 
     def liveness(self, longest_seconds: float = 180.0) -> str:
         """Raises once no round has ended for too long."""

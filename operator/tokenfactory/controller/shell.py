@@ -79,6 +79,7 @@ class KopfShell:
     def _settings(self) -> kopf.OperatorSettings:
         settings = kopf.OperatorSettings()
         settings.posting.enabled = False
+        settings.queueing.batch_window = 0.0  # a lowered limit must not wait to be joined by other events
         settings.persistence.finalizer = f"{GROUP}/unused"
         settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
         settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP)

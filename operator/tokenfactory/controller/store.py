@@ -20,13 +20,20 @@ T = TypeVar("T", bound=Resource)
 class Store(Generic[T]):
     """Objects of one kind. All calls come from one event loop."""
 
-    def __init__(self, kind: type[T], changed: Callable[[], None]) -> None:
+    def __init__(self, kind: type[T]) -> None:
         self.kind = kind
         self.complete = False
         self.undecodable: dict[Key, str] = {}
         self._objects: dict[Key, T] = {}
         self._deleted: dict[str, int] = {}
-        self._changed = changed
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        self._listeners.append(listener)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def put(self, obj: T) -> None:
         """Take in a newer state of an object; an older one changes nothing."""

@@ -7,6 +7,7 @@ from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
+from tokenfactory.controller.cutting import cuts
 
 SITE = """
 apiVersion: tokenfactory.dev/v1alpha1
@@ -149,3 +150,26 @@ def test_a_factory_whose_domain_is_missing_says_so(world: SmallWorld):
     ready = {c.type: c for c in factory(world).status.conditions}["Ready"]
     assert ready.status == "False"
     assert "attic does not exist" in ready.message
+
+
+def test_the_cut_path_lowers_the_root_alone_and_looks_at_no_node(world: SmallWorld):
+    world.settle()
+    last = world.plan()
+    world.apply(SITE.replace("30kW", "14kW").split("---")[0])
+    snapshot = world.snapshot()
+    lower = cuts(last, snapshot.domains, snapshot.sheets, world.now)
+    assert [action.spec.domain for action in lower] == ["hall"]
+    assert lower[0].lowers
+    before = {cap.class_name: cap.cap for cap in snapshot.sheets["", "hall"].spec.caps}
+    assert all(cap.cap <= before[cap.class_name] for cap in lower[0].spec.caps)
+    world.take(lower[0])
+    world.others()
+    assert draw(world) <= 14_000_000
+
+
+def test_the_cut_path_is_silent_when_a_limit_rises_or_stays(world: SmallWorld):
+    world.settle()
+    last = world.plan()
+    world.apply(SITE.replace("30kW", "40kW").split("---")[0])
+    snapshot = world.snapshot()
+    assert cuts(last, snapshot.domains, snapshot.sheets, world.now) == []

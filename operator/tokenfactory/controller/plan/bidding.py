@@ -25,6 +25,7 @@ from tokenfactory.planning.power.forest import Fleet, Forest, muster
 from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass, gather_goods
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.market import Market
 from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked
 
 FactoryKey = tuple[str, str]
@@ -40,27 +41,7 @@ class Coming:
 
 
 @dataclass(frozen=True)
-class Cleared:
-    """What the market wants, and enough to explain it."""
-
-    targets: Mapping[str, Mapping[str, Allowance]]
-    settled: budgets.Settled
-    hulls: Mapping[str, Hull]
-    floors: Mapping[str, PriceFloor]
-    """By factory that has an efficiency target."""
-
-
-@dataclass(frozen=True)
-class _Stand:
-    """GPUs of one class in one domain, and what their hardware can do."""
-
-    count: int
-    low: int
-    high: int
-
-
-@dataclass(frozen=True)
-class _Supply:
+class Supply:
     """The fleet as the market takes it."""
 
     forest: Forest
@@ -75,6 +56,27 @@ class _Supply:
     ) -> budgets.Settled:
         at = self.limits if limits is None else limits
         return budgets.settle(self.forest, self.goods, self.fleet, self.committed, at, self.purses, floors)
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What the market wants, and enough to explain it."""
+
+    targets: Mapping[str, Mapping[str, Allowance]]
+    settled: budgets.Settled
+    hulls: Mapping[str, Hull]
+    floors: Mapping[str, PriceFloor]
+    """By factory that has an efficiency target."""
+    supply: Supply
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """GPUs of one class in one domain, and what their hardware can do."""
+
+    count: int
+    low: int
+    high: int
 
 
 def clear(world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]) -> Cleared | None:
@@ -96,7 +98,20 @@ def clear(world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]) ->
         supply.settle(by_index, _lowest_limits(world, grid, supply)) if _has_timetable(world) else settled
     )
     targets = _targets(supply, settled, lowest, hulls)
-    return Cleared(targets, settled, hulls, floors)
+    return Cleared(targets, settled, hulls, floors, supply)
+
+
+def recut(last: Cleared, usable: Mapping[str, int]) -> dict[str, dict[str, Allowance]]:
+    """Targets of the same supply under other limits; purses and price floors as they were."""
+    supply = last.supply
+    limits = np.array(
+        [usable.get(name, int(supply.limits[at])) for at, name in enumerate(supply.forest.names)],
+        dtype=np.int64,
+    )
+    order = last.settled.clearing.market.order
+    clearing = Market(supply.forest, order, supply.fleet, supply.committed).clear(limits)
+    settled = replace(last.settled, clearing=clearing)
+    return _targets(supply, settled, settled, last.hulls)
 
 
 # --- classes
@@ -222,7 +237,7 @@ def _supply(
     stands: Mapping[tuple[str, str], _Stand],
     committed: Mapping[str, int],
     hulls: Mapping[str, Hull],
-) -> _Supply:
+) -> Supply:
     forest = grid.tree.forest
     labels = sorted(hulls)
     classes = tuple(_power_class(world, label, hulls[label]) for label in labels)
@@ -239,7 +254,7 @@ def _supply(
     )
     owed = np.array([committed.get(name, 0) for name in forest.names], dtype=np.int64)
     limits = np.array([grid.domains[name].usable_milliwatts for name in forest.names], dtype=np.int64)
-    return _Supply(forest, goods, fleet, owed, limits, _purses(world, grid, goods))
+    return Supply(forest, goods, fleet, owed, limits, _purses(world, grid, goods))
 
 
 def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
@@ -278,7 +293,7 @@ def _purses(world: World, grid: Grid, goods: Goods) -> tuple[budgets.Purse, ...]
 # --- efficiency
 
 
-def _price_floors(world: World, grid: Grid, ledger: Ledger, supply: _Supply) -> dict[str, PriceFloor]:
+def _price_floors(world: World, grid: Grid, ledger: Ledger, supply: Supply) -> dict[str, PriceFloor]:
     """For each factory with a target: which watts it does not buy although it could."""
     found: dict[str, PriceFloor] = {}
     for factory in world.snapshot.factories.values():
@@ -327,7 +342,7 @@ def _overhead_watts(world: World, grid: Grid, ledger: Ledger, factory: TokenFact
 
 
 def _targets(
-    supply: _Supply, settled: budgets.Settled, lowest: budgets.Settled, hulls: Mapping[str, Hull]
+    supply: Supply, settled: budgets.Settled, lowest: budgets.Settled, hulls: Mapping[str, Hull]
 ) -> dict[str, dict[str, Allowance]]:
     """Per domain the classes that stand below it. What falls back keeps its SLO floor, if the lowest limit does."""
     forest, fleet = supply.forest, supply.fleet
@@ -352,7 +367,7 @@ def _has_timetable(world: World) -> bool:
     return any(domain.spec.timetable for domain in world.snapshot.domains.values())
 
 
-def _lowest_limits(world: World, grid: Grid, supply: _Supply) -> IntArray:
+def _lowest_limits(world: World, grid: Grid, supply: Supply) -> IntArray:
     """The lowest limit that any window of a timetable will set: what must fit when nobody can say so any more."""
     limits = supply.limits.copy()
     for position, name in enumerate(supply.forest.names):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from tokenfactory.api import names
+from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.quantities import parse_power
 from tokenfactory.controller.plan.nodes import Place
 from tokenfactory.controller.plan.world import GpuHost, World
@@ -83,3 +85,8 @@ def _facts(world: World, host: GpuHost) -> NodeFacts:
         nameplate_milliwatts=UNKNOWN_OVERHEAD_MILLIWATTS + host.gpu_count * 1_200_000,
         heard=host.silent_seconds is not None and not world.lost(host),
     )
+
+
+def usable_now(domains: Iterable[PowerDomain], wall: datetime) -> dict[str, int]:
+    """What each domain may hand out, from the domains alone."""
+    return {name: domain.usable_milliwatts for name, domain in tree.build(domains, wall).domains.items()}

@@ -278,6 +278,10 @@ class Ledger:
         facts = self.entries[name].facts if name in self.entries else NodeFacts()
         return _summed(replace(self, entries={**self.entries, name: enter(node, facts, self.domains)}))
 
+    def with_sheets(self, sheets: Mapping[str, CapSheet]) -> Ledger:
+        """The same ledger over other sheets, for what looks at sheets alone: charges stay as they were summed."""
+        return replace(self, sheets=sheets)
+
     def _fits(self, before: Line, after: Line) -> Admission:
         """P1 and P3: all domains of the path, with nothing under way that could yet change the sum."""
         why = []
