@@ -70,7 +70,9 @@ def agent(
         "ports_file": ports_file,
         "log_level": log_level.upper(),
     }
-    # Replaces this process: what the command line needed is of no use to one that lives for months.
+    # Replaces this process: what the command line needed is of no use to one that lives for months. Each GPU has a
+    # thread of its own, and glibc would give each of those a heap of its own.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     module = [sys.executable, "-m", "tokenfactory.agent.main", msgspec.json.encode(options).decode()]
     os.execv(sys.executable, module)  # noqa: S606  # our own module, no shell
 
