@@ -39,6 +39,7 @@ from tokenfactory.planning.power.governor import Decision, GpuView, View, govern
 
 log = logging.getLogger(__name__)
 
+KUBELET_PATIENCE_SECONDS = 15.0
 Part = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -73,6 +74,7 @@ class Agent:
         self._nodes = nodes
         self._sheets = sheets
         self.reporter = Reporter(writer, self.clock)
+        self._began = self.clock.monotonic()
         self._wake = asyncio.Event()
         self._setting: dict[str, asyncio.Task[None]] = {}
         self._reopen = asyncio.Event()
@@ -144,7 +146,7 @@ class Agent:
         state = self.state
         state.steps += 1
         self._take_node()
-        if not state.gpus:
+        if not state.gpus or not self._holders_known():
             self.reporter.show(self.status())  # that NVML cannot be opened, for one
             return
         self._take_holdings()
@@ -174,6 +176,19 @@ class Agent:
         if state.node is not None:
             pods = state.pods if state.pods is not None else self._pods_before(state.node)
             state.holdings = holdings((gpu.uuid for gpu in state.gpus), pods, state.node.spec)
+
+    def _holders_known(self) -> bool:
+        """Before anything is lowered or acknowledged the first time: a GPU in use must not be taken for an idle one.
+
+        A kubelet that stays silent does not put it off for ever: what is not known to be used gets the lower power.
+        """
+        state = self.state
+        before = state.node.status if state.node is not None else None
+        return (
+            state.pods is not None
+            or (before is not None and before.boot_id == self._nvml.identity.boot_id and before.capped)
+            or self.clock.monotonic() - self._began >= KUBELET_PATIENCE_SECONDS
+        )
 
     def _pods_before(self, node: GPUNode) -> tuple[PodDevices, ...]:
         """Until the kubelet has answered: who held what when an earlier agent of this boot last reported."""

@@ -120,7 +120,7 @@ def status_of(
     state: AgentState, enforcer: Enforcer, meter: Meter | None, identity: Identity, clock: Clock
 ) -> GPUNodeStatus | None:
     """Everything that is true now; None while there is nothing to be said yet."""
-    if state.node is None:
+    if state.node is None or (state.decision is None and state.open_failure is None):
         return None
     wall = clock.wall()
     conditions = _conditions(state, enforcer, meter, wall)
