@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus, Waiting
-from tokenfactory.api.quantities import Milliwatts, parse_decimal, parse_power_or_percent
+from tokenfactory.api.quantities import Milliwatts, parse_power_or_percent
 from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory, TokenFactoryStatus
 from tokenfactory.controller.actions import Action, WriteStatus
 from tokenfactory.controller.plan.bidding import Cleared
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.status import (
-    Verdict,
     at_most,
     cap_range,
     conditions,
@@ -23,6 +22,7 @@ from tokenfactory.controller.plan.status import (
     turned,
     watts,
 )
+from tokenfactory.controller.plan.verdicts import domain_verdicts, factory_verdicts
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.planning.power.explain import explain
 from tokenfactory.planning.power.ledger import Ledger
@@ -38,7 +38,7 @@ def domain_status(
     lost = ledger.lost(name) if known else ()
     nodes = [host for host in world.hosts.values() if host.held and name in host.held.spec.path]
     sheet = world.snapshot.sheets.get(("", name))
-    verdicts = _domain_verdicts(world, grid, ledger, name, lost)
+    verdicts = domain_verdicts(world, grid, ledger, name, lost)
     status = PowerDomainStatus(
         observed_generation=domain.metadata.generation,
         conditions=conditions(
@@ -65,76 +65,6 @@ def domain_status(
     return [WriteStatus(domain, status, urgent=turned(domain.status.conditions, status.conditions))]
 
 
-def _domain_verdicts(
-    world: World, grid: Grid, ledger: Ledger, name: str, lost: Sequence[str]
-) -> dict[str, Verdict]:
-    if name in grid.problems:
-        reason, message = grid.problems[name]
-        if name not in grid.domains:
-            return dict.fromkeys(("Compliant", "Enforced", "Feasible"), (False, reason, message))
-    known = grid.domains[name]
-    charge = ledger.charge(name)
-    if charge <= known.usable_milliwatts:
-        compliant: Verdict = (True, "WithinLimit", "the charge of its nodes fits the limit")
-    else:
-        over = watts(charge - known.usable_milliwatts)
-        compliant = (
-            False,
-            "OverCharged",
-            f"its nodes may draw {over} more than it may: only decreases happen",
-        )
-    behind = _behind(world, name)
-    if behind:
-        enforced: Verdict = (
-            False,
-            "AgentsBehind",
-            f"not read back yet by {', '.join(behind[:5])} ({len(behind)} in all)",
-        )
-    elif lost:
-        enforced = (
-            True,
-            "ReachableEnforced",
-            f"read back by all reachable agents; silent and still charged: {', '.join(lost[:5])}",
-        )
-    else:
-        enforced = (True, "ReadBack", "every agent has read back what the sheet says")
-    fallback = ledger.fallback_load(name)
-    if name in grid.problems:
-        return {"Compliant": compliant, "Enforced": enforced, "Feasible": (False, *grid.problems[name])}
-    if fallback <= known.usable_milliwatts:
-        feasible: Verdict = (
-            True,
-            "FallbacksFit",
-            "without the operator its nodes fall back within the limit",
-        )
-    else:
-        lack = watts(fallback - known.usable_milliwatts)
-        feasible = (
-            False,
-            "FloorsTooHigh",
-            f"even at their minimum its nodes need {lack} more: move nodes or raise the limit",
-        )
-    return {"Compliant": compliant, "Enforced": enforced, "Feasible": feasible}
-
-
-def _behind(world: World, domain: str) -> list[str]:
-    sheet = world.snapshot.sheets.get(("", domain))
-    found = []
-    for host in world.hosts.values():
-        if (
-            sheet is None
-            or host.held is None
-            or domain not in host.held.spec.path
-            or world.lost(host)
-            or host.fenced
-        ):
-            continue
-        applied = {entry.domain: entry.epoch for entry in host.held.status.applied}
-        if host.silent_seconds is not None and applied.get(domain, 0) < sheet.spec.epoch:
-            found.append(host.name)
-    return found
-
-
 def factory_status(
     world: World,
     grid: Grid,
@@ -157,12 +87,31 @@ def factory_status(
     budget = _budget(grid, factory)
     charge = sum(_class_charge(ledger, factory, model) for model in factory.spec.models)
     rate, per_joule = _totals(replicas, meters)
+    metered = {
+        model.name: [
+            meters[replica.uid]
+            for replica in replicas
+            if replica.model.name == model.name and replica.uid in meters
+        ]
+        for model in factory.spec.models
+    }
     status = TokenFactoryStatus(
         observed_generation=factory.metadata.generation,
         conditions=conditions(
             factory.status.conditions,
-            _factory_verdicts(
-                factory, grid, ready, wanted, charge, budget, per_joule, incidents, storm, waiting
+            factory_verdicts(
+                factory,
+                grid,
+                ready,
+                wanted,
+                charge,
+                budget,
+                per_joule,
+                incidents,
+                storm,
+                waiting,
+                cleared,
+                metered,
             ),
             factory.metadata.generation,
             world.snapshot.wall,
@@ -186,63 +135,6 @@ def factory_status(
         turned(factory.status.conditions, status.conditions) or status.incidents != factory.status.incidents
     )
     return [WriteStatus(factory, status, urgent=urgent)]
-
-
-def _factory_verdicts(
-    factory: TokenFactory,
-    grid: Grid,
-    ready: int,
-    wanted: int,
-    charge: int,
-    budget: int,
-    per_joule: float,
-    incidents: Sequence[Incident],
-    storm: str,
-    waiting: Sequence[Unplaced],
-) -> dict[str, Verdict]:
-    domain = factory.spec.power.domain
-    if domain not in grid.domains:
-        missing = (
-            f"power domain {domain} does not exist or cannot be used: create it, or correct spec.power.domain"
-        )
-        is_ready: Verdict = (False, "NoDomain", missing)
-    elif ready >= wanted:
-        is_ready = (True, "AllReady", f"all {wanted} replicas serve")
-    else:
-        first = f"; {waiting[0].replica.name}: {waiting[0].message}" if waiting else ""
-        is_ready = (
-            False,
-            waiting[0].reason if waiting else "Starting",
-            f"{ready} of {wanted} replicas serve{first}",
-        )
-    within: Verdict = (True, "WithinBudget", "its charge fits its budget")
-    if charge > budget:
-        within = (False, "OverBudget", f"it may draw {watts(charge - budget)} more than its budget")
-    efficiency: Verdict = (True, "NoTarget", "no target is set")
-    if factory.spec.efficiency is not None:
-        target = float(parse_decimal(factory.spec.efficiency.tokens_per_joule))
-        if not per_joule:
-            efficiency = (None, "NotMeasured", "no tokens were counted yet")
-        elif per_joule >= target:
-            efficiency = (
-                True,
-                "TargetMet",
-                f"measured over the last window of each replica; the target is {target:g}",
-            )
-        else:
-            efficiency = (False, "BelowTarget", f"the target of {target:g} tokens per joule is not met")
-    open_incidents = [incident for incident in incidents if incident.phase != "Closed"]
-    recovered: Verdict = (True, "NoIncident", "nothing is being recovered")
-    if storm:
-        recovered = (False, "Storm", storm)
-    elif open_incidents:
-        one = open_incidents[0]
-        recovered = (
-            False,
-            one.phase,
-            f"{len(open_incidents)} open; {one.pod} of {one.model} on {one.node}: {one.phase}",
-        )
-    return {"Ready": is_ready, "WithinBudget": within, "EfficiencyMet": efficiency, "Recovered": recovered}
 
 
 def _model_status(
