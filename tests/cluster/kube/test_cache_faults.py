@@ -167,3 +167,16 @@ async def test_an_error_in_a_handler_is_not_swallowed(config_maps, maps):
     with pytest.raises(OSError, match="of ours"):
         await asyncio.wait_for(cache.run(), 20)
     assert not cache.is_synced
+
+
+async def test_bookmarks_and_pages_are_asked_for_and_no_old_memory(proxy, maps, follow):
+    for n in range(5):
+        await maps.put(f"there-before-{n}", value="0")
+    follower = follow(page_size=2)
+    await asyncio.wait_for(follower.cache.synced(), 20)
+    await until(lambda: any(watches(seen) for seen in proxy.requests))
+    asked = [seen.query for seen in proxy.requests]
+    assert [query.get("limit") for query in asked] == ["2", "2", "2", None]
+    assert not any("resourceVersion" in query for query in asked[:3])
+    assert asked[3]["allowWatchBookmarks"] == "true"
+    assert asked[3]["resourceVersion"] != "0"

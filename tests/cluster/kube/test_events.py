@@ -58,6 +58,10 @@ async def test_what_is_said_before_it_was_sent_is_counted_together(recorder, abo
     await asyncio.wait_for(recorder.sent(), 20)
     assert await counts(direct, namespace) == {"again and again": 50}
     assert sum(writes(seen) for seen in proxy.requests) == 1
+    for _ in range(7):
+        recorder.event(about, "Tested", "again and again")
+    await asyncio.wait_for(recorder.sent(), 20)
+    assert await counts(direct, namespace) == {"again and again": 57}
 
 
 async def test_the_count_goes_on_after_a_restart(recorder, about, client, direct, namespace):

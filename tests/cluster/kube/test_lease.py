@@ -164,10 +164,16 @@ async def test_a_partitioned_leader_stops_by_itself(candidate, proxy, clock):
     assert leader.term is None
 
 
-async def test_a_leader_that_was_overtaken_stops(candidate, client, namespace):
+@pytest.mark.parametrize(
+    "other",
+    [{"holderIdentity": "b", "leaseTransitions": 2}, {"leaseTransitions": 2}],
+    ids=["another", "ourselves"],
+)
+async def test_a_leader_that_was_overtaken_stops(other, candidate, client, namespace):
+    """Also by a namesake: the term tells."""
     leader = candidate("a")
     await in_time(leader.acquire())
-    other = {"spec": {"holderIdentity": "b", "leaseTransitions": 2}}
+    other = {"spec": other}
     await Writer(client).apply(Lease, (namespace, "leader"), other)
     await in_time(leader.keep())
     assert not leader.still_leading()
