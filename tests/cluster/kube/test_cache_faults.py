@@ -180,3 +180,13 @@ async def test_bookmarks_and_pages_are_asked_for_and_no_old_memory(proxy, maps, 
     assert not any("resourceVersion" in query for query in asked[:3])
     assert asked[3]["allowWatchBookmarks"] == "true"
     assert asked[3]["resourceVersion"] != "0"
+
+
+async def test_an_object_larger_than_a_read_is_put_together(proxy, maps, follow):
+    follower = follow()
+    await asyncio.wait_for(follower.cache.synced(), 20)
+    for n in range(3):
+        held = await maps.put("large", value=str(n) * 900_000)
+        await asyncio.wait_for(follower.cache.reached(held.metadata.resource_version), 20)
+        assert follower.data("large") == held.data
+    assert (follower.cache.stats.watches, follower.cache.stats.faults) == (1, 0)
