@@ -55,6 +55,8 @@ def crd(kind: type[Resource]) -> dict[str, Any]:
         "metadata": {
             "name": f"{kind.PLURAL}.{GROUP}",
             "labels": {"app.kubernetes.io/part-of": "tokenfactory"},
+            # With a kind go all its objects: uninstalling the chart must not switch off a site.
+            "annotations": {"helm.sh/resource-policy": "keep"},
         },
         "spec": {
             "group": GROUP,
