@@ -22,6 +22,7 @@ from tokenfactory.planning.power.goods import (
     BoolArray,
     Goods,
     IntArray,
+    distinct,
     net_prices,
     put_in_order,
     ranks,
@@ -32,7 +33,7 @@ from tokenfactory.planning.power.market import Clearing, Market
 # LEAST_SPENT is priced anew. Both are well inside the 0.1 % that may be lost.
 SPENT = 0.999998
 LEAST_SPENT = 0.99995
-TURNS = 30
+TURNS = 15
 SPLITS = 40
 # More than any piece is worth, in a stage's entry of a price.
 PROHIBITIVE = 1 << 50
@@ -78,6 +79,11 @@ class _Site:
         mine = purse.members[self.fleet.class_index]
         return int((self.fleet.gpus * clearing.caps)[mine].sum())
 
+    def overdraws(self, clearing: Clearing, purse: Purse, adders: Mapping[str, Adder]) -> bool:
+        """Whether it spends too much and could still be made to spend less."""
+        closed = purse.name in adders and adders[purse.name].price == _prohibitive(self.goods, purse).price
+        return not closed and self.spent(clearing, purse) > purse.milliwatts
+
 
 def settle(
     forest: Forest,
@@ -99,11 +105,11 @@ def settle(
         for together in _coupled(goods, adders, moved) if turn else ():
             _move_together(site, adders, together, may_fall=turn < TURNS)
     clearing = site.clear(adders)
-    if any(site.spent(clearing, p) > p.milliwatts for p in purses):
-        for purse in purses:
-            if site.spent(clearing, purse) > purse.milliwatts:
-                adders[purse.name] = _prohibitive(goods, purse)
-                clearing = site.clear(adders)
+    # Should the turns not have come to an end, a purse buys nothing rather than too much. What it leaves may
+    # overdraw another, so all are asked again.
+    while overdrawn := [p for p in purses if site.overdraws(clearing, p, adders)]:
+        adders[overdrawn[0].name] = _prohibitive(goods, overdrawn[0])
+        clearing = site.clear(adders)
     spent = {p.name: site.spent(clearing, p) for p in purses}
     return Settled(clearing, adders, spent, tuple(p.name for p in purses if spent[p.name] > p.milliwatts))
 
@@ -115,7 +121,7 @@ def _take_turn(site: _Site, adders: dict[str, Adder], purse: Purse, *, may_fall:
     if spent <= purse.milliwatts and not slack:
         return False
     before = adders.pop(purse.name, None)
-    found = _lowest_price(site, adders, purse)
+    found = _lowest_price(site, adders, purse, before.price if before else ())
     if found is not None:
         adders[purse.name] = found
     return found != before
@@ -161,10 +167,13 @@ def _prohibitive(goods: Goods, purse: Purse) -> Adder:
     return Adder(purse.members, (PROHIBITIVE,) * goods.stages, 0)
 
 
-def _lowest_price(site: _Site, others: Mapping[str, Adder], purse: Purse) -> Adder | None:
+def _lowest_price(
+    site: _Site, others: Mapping[str, Adder], purse: Purse, near: tuple[int, ...] = ()
+) -> Adder | None:
     """The lowest price of one purse at which it is not overdrawn, with the other purses' prices as they are.
 
     Found stage by stage: the first entry alone decides until what lies between two of its values matters.
+    `near` is where to begin looking.
     """
 
     def spent(price: tuple[int, ...], delay: int) -> int:
@@ -178,20 +187,35 @@ def _lowest_price(site: _Site, others: Mapping[str, Adder], purse: Purse) -> Add
     latest = sum(abs(a.delay) for a in others.values()) + TURN
     price: tuple[int, ...] = ()
     for stage in range(stages):
-        rest = (PROHIBITIVE,) * (stages - stage - 1)
         turning = _turning_prices(site.goods, others, purse.members, stage)
-        low, high = 0, turning.size  # from turning[high] on it fits
-        while low < high:
-            middle = (low + high) // 2
-            if spent((*price, int(turning[middle]), *rest), latest) <= purse.milliwatts:
-                high = middle
-            else:
-                low = middle + 1
-        if high == turning.size:
+        guess = int(np.searchsorted(turning, near[stage])) if near else turning.size // 2
+
+        def fits(at: int, stage_prices: IntArray = turning, so_far: tuple[int, ...] = price) -> bool:
+            after = (PROHIBITIVE,) * (stages - len(so_far) - 1)
+            return spent((*so_far, int(stage_prices[at]), *after), latest) <= purse.milliwatts
+
+        first = _first_that_fits(turning.size, guess, fits)
+        if first == turning.size:
             return _prohibitive(site.goods, purse)
-        price = (*price, int(turning[high]))
+        price = (*price, int(turning[first]))
     delay = _shortest_delay(purse.milliwatts, latest, lambda delay: spent(price, delay))
     return Adder(purse.members, price, delay)
+
+
+def _first_that_fits(count: int, guess: int, fits: Callable[[int], bool]) -> int:
+    """The first of `count` rising prices that fits, else `count`: ever longer strides from the guess, then halving."""
+    low, high = 0, count
+    at, stride = min(max(guess, 0), count - 1), 1
+    while low < high and low <= at < high:
+        if fits(at):
+            high, at = at, at - stride
+        else:
+            low, at = at + 1, at + stride
+        stride *= 4
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
 
 
 def _shortest_delay(budget: int, latest: int, spent: Callable[[int], int]) -> int:
@@ -219,6 +243,6 @@ def _turning_prices(goods: Goods, others: Mapping[str, Adder], members: BoolArra
     for adder in others.values():
         net[adder.members[goods.piece_class]] -= adder.price[stage]
     mine = members[goods.piece_class]
-    rest = np.unique(np.concatenate(([0], net[~mine])))
-    found = np.unique(np.unique(net[mine])[:, None] - rest[None, :])
+    rest = distinct(np.concatenate(([0], net[~mine])))
+    found = distinct(distinct(net[mine])[:, None] - rest[None, :])
     return found if stage else found[found >= 0]

@@ -51,6 +51,8 @@ class Hull:
     """Index of the point with the most tokens per joule."""
     meets_slo: bool
     """False when no measured point keeps the latency, at whatever watts."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """What was measured, where the hull bridges it."""
 
     def to_class(
         self,
@@ -72,6 +74,7 @@ class Hull:
             floor=self.floor,
             factory=factory,
             chords=self.chords,
+            curve=self.curve,
             gpus_per_replica=gpus_per_replica,
             min_replicas=min_replicas,
             idle_milliwatts=idle_milliwatts,
@@ -192,6 +195,7 @@ def _finish(curve: list[tuple[int, float]], floor: int | None, *, meets_slo: boo
         chords=tuple(chords),
         knee=max(range(len(hull)), key=lambda i: (per_joule[i], -i)),
         meets_slo=meets_slo,
+        curve=tuple(curve) if any(chords) else (),
     )
 
 

@@ -37,6 +37,14 @@ def test_flat_then_cliff_has_its_knee_at_the_edge_of_the_cliff():
     assert found.chords == (True,)
 
 
+def test_on_a_bridge_the_measured_curve_counts():
+    found = hull(points((350, 640), (430, 1000), (688, 1000)), low=200, high=1000).to_class("m", band=1)
+    assert found.tokens_at(200_000) == 0
+    assert found.tokens_at(360_000) == 640
+    assert found.tokens_at(430_000) == 1000
+    assert found.tokens_at(999_000) == 1000
+
+
 def test_what_lies_on_a_concave_curve_is_no_chord():
     found = hull(points((200, 100), (300, 180), (400, 220), (700, 240)))
     assert watts(found) == [200, 300, 400, 700]
