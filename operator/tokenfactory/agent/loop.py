@@ -40,6 +40,8 @@ from tokenfactory.planning.power.governor import Decision, GpuView, View, govern
 log = logging.getLogger(__name__)
 
 KUBELET_PATIENCE_SECONDS = 15.0
+PODS_SPACING_SECONDS = 0.05
+"""However many ask the gate at once, the kubelet is not asked more often than this."""
 Part = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -167,8 +169,11 @@ class Agent:
         trees = frozenset(path[0] for path in paths if path)
         self._sheets.follow(trees)
         if self._sheets.ready(trees):
-            if self.state.node is None:
+            before = self.state.node
+            if before is None:
                 self.state.observed_generation = node.status.observed_generation
+            elif before.metadata.uid != node.metadata.uid:
+                self.reporter.forget()  # made anew: nothing was said of this one yet
             self.state.node = node
 
     def _take_holdings(self) -> None:
@@ -332,7 +337,9 @@ class Agent:
         self.wake()
 
     async def _observe_one(self, gpu: str) -> None:
+        held = self.enforcer.held.get(gpu)
         reading = await self._nvml.read(gpu)
+        overtaken = gpu in self._setting or self.enforcer.held.get(gpu) is not held
         news = self.state.faults.take_reading(gpu, reading)
         if isinstance(reading, Failure):
             self._ask_for_driver(reading)
@@ -340,7 +347,8 @@ class Agent:
             news |= self.enforcer.lose(gpu)
         else:
             self.state.readings[gpu] = reading
-            news |= self.enforcer.notice(gpu, reading)
+            if not overtaken:  # a limit set meanwhile was read back after this reading began
+                news |= self.enforcer.notice(gpu, reading)
         if news:
             self.wake()
 
@@ -370,6 +378,7 @@ class Agent:
             self._pods_answered.set()
             self._pods_answered = asyncio.Event()
             self.progress.beat("pods")
+            await asyncio.sleep(PODS_SPACING_SECONDS)
             try:
                 async with asyncio.timeout(self.pace.pods):
                     await self._pods_asked.wait()

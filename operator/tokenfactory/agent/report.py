@@ -51,6 +51,9 @@ class Reporter:
         if status is not None and (self._said is None or still(status) != still(self._said)):
             self._news.set()
 
+    def forget(self) -> None:
+        self._said = None
+
     async def round(
         self,
         node: Callable[[], GPUNode | None],
