@@ -30,7 +30,7 @@ from tokenfactory.twin.components import ClusterOptions
 QUICK = quick()
 TOTAL = 2_000 if QUICK else 10_000
 PARTS = {"tenth": TOTAL // 10, "fifth": TOTAL // 5, "rest": TOTAL - TOTAL // 10 - TOTAL // 5}
-CHANGES = 1_000 if QUICK else 4_000
+CHANGES = 500 if QUICK else 4_000
 WRITERS = 16
 
 POD_SPEC = {
