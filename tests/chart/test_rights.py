@@ -179,7 +179,7 @@ def test_a_token_that_names_no_node_writes_nothing(installed: Cluster, agent_a: 
 
     assert "an agent writes with the token of its own pod" in status_of(nowhere, NODES[0])
     assert "an agent writes with the token of its own pod" in heartbeat(
-        nowhere, "create", "tokenfactory-agent-"
+        nowhere, "create", "tokenfactory-agent-x"
     )
 
 
