@@ -77,6 +77,11 @@ bench: venv ## one benchmark: make bench B=market [QUICK=1]
 tools: venv ## find or build the control plane, helm, kubeconform and promtool (once, about 10 minutes)
 	$(PY) -m tokenfactory.cli cluster tools
 
+SCENARIO ?= story
+.PHONY: demo
+demo: venv ## a running factory on simulated GPU nodes; SCENARIO=smoke ends by itself
+	$(PY) -m tokenfactory.cli demo --scenario $(SCENARIO)
+
 .PHONY: cluster
 cluster: venv ## a real control plane on this machine with our CRDs; says how to use it
 	$(PY) -m tokenfactory.cli cluster up $(if $(wildcard crds/*.yaml),--apply crds)

@@ -114,12 +114,15 @@ class Site:
             if found:
                 return found
             if self._operator is not None and self._operator.poll() is not None:
-                raise SiteError(
-                    f"the operator ended with {self._operator.returncode}: see {self.folder}/operator.log"
-                )
+                raise SiteError(f"the operator ended with {self._operator.returncode}:\n{self._log_tail()}")
             if asyncio.get_running_loop().time() > deadline:
                 raise SiteError(f"after {seconds:.0f} s still waiting for {what}: logs are in {self.folder}")
             await asyncio.sleep(0.25)
+
+    def _log_tail(self, lines: int = 20) -> str:
+        path = self.folder / "operator.log"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        return "\n".join([*text.splitlines()[-lines:], f"(all of it: {path})"])
 
     async def status(self, kind: str, name: str, namespace: str = "") -> dict[str, Any]:
         where = ("-n", namespace) if namespace else ()
