@@ -315,3 +315,176 @@ async def test_without_a_gpunode_it_waits_and_touches_nothing(world, cluster):
     assert world.node.enforced_milliwatts() == [DEFAULT] * 8
     assert world.node.process.poll() is None
     assert world.node.name not in cluster.kubectl("get", GPUNode.PLURAL, "-o", "name").stdout
+
+
+SETTING = "nvmlDeviceSetPowerManagementLimit"
+INSUFFICIENT_PERMISSIONS, NOT_SUPPORTED = 4, 3
+
+
+async def test_a_call_that_hangs_holds_up_its_own_gpu_and_nothing_else(world):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    await world.enforced(*[600_000] * 8)
+    world.node.hardware.fail(SETTING, 2, hang=True)
+    await world.sheets(300_000)
+    await until(lambda: world.node.enforced_milliwatts().count(300_000) == 7)
+    await world.sheets(350_000)
+    await until(lambda: world.node.enforced_milliwatts().count(350_000) == 7)
+
+    async def told() -> bool:
+        status = await world.status()
+        return not status.gpus[2].healthy and status.mode == "Degraded"
+
+    await until(told)
+    assert await world.applied() < world.epoch - 1
+    assert await world.get("/healthz") == "ok\n"
+    world.node.hardware.mend()
+    await world.acknowledged()
+    assert world.node.enforced_milliwatts() == [350_000] * 8
+
+
+async def test_without_permission_nothing_is_acknowledged_and_nothing_may_start(world):
+    world.node.give("inference", "chat-0", *range(8))
+    world.node.hardware.fail(SETTING, error=INSUFFICIENT_PERMISSIONS)
+    await world.desk.grant(world.node.name, (world.site, world.rack), grant())
+    await world.sheets(600_000)
+    await world.desk.renew()
+    world.start()
+
+    async def told() -> bool:
+        await world.desk.renew()
+        conditions = {it.type: it for it in (await world.status()).conditions}
+        return "Capped" in conditions and conditions["Capped"].reason == "LimitDoesNotHold"
+
+    await until(told)
+    status = await world.status()
+    assert not status.capped
+    assert status.applied == ()
+    assert status.gpus[0].enforced_milliwatts == DEFAULT
+    assert "permission" in status.gpus[0].faults[0]
+    world.node.hardware.mend()
+    await world.renewed_until(600_000)
+    await world.acknowledged()
+
+
+async def test_a_bmc_that_lowers_a_limit_is_read_back_and_one_that_lifts_it_gets_the_sheet(world):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    world.node.hardware.gpus[0].out_of_band_limit(450.0)
+
+    async def reported(milliwatts: int) -> bool:
+        return (await world.status()).gpus[0].enforced_milliwatts == milliwatts
+
+    await until(lambda: reported(450_000))
+    assert (await world.status()).capped
+    await world.acknowledged()
+    world.node.hardware.gpus[0].out_of_band_limit(None)
+    await until(lambda: reported(600_000))
+
+
+async def test_a_driver_that_is_not_there_at_the_start_is_waited_for(world):
+    world.node.hardware.unload_driver()
+    await world.desk.grant(world.node.name, (world.site, world.rack))
+    await world.sheets(600_000)
+    world.start()
+
+    async def told() -> bool:
+        conditions = {it.type: it for it in (await world.status()).conditions}
+        return "Capped" in conditions and conditions["Capped"].reason == "NoDriver"
+
+    await until(told)
+    assert (await world.status()).mode == "Degraded"
+    world.node.hardware.load_driver()
+    await world.obeying()
+    await world.enforced(*[250_000] * 8)
+
+
+async def test_a_node_that_moves_to_another_tree_obeys_it_once_it_was_heard(world):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    await world.enforced(*[600_000] * 8)
+    other = SheetDesk(world.desk.client, f"{world.site}-other")
+    await other.publish(other.tree, 1, {CHAT: (400_000, 300_000), IDLE: (250_000, 250_000)})
+    await other.renew()
+    await other.grant(world.node.name, (other.tree,), grant())
+    await world.enforced(*[400_000] * 8)
+
+    async def moved() -> bool:
+        return [(it.domain, it.epoch) for it in (await world.status()).applied] == [(other.tree, 1)]
+
+    await until(moved)
+
+
+class Model:
+    """A model server on loopback that says what a test wants."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.asked = 0
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self._server.close()
+
+    async def _answer(self, reader, writer) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            self.asked += 1
+            body = self.page(self.asked)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            await writer.drain()
+        writer.close()
+
+
+def honest(asked: int) -> bytes:
+    return (
+        b'vllm:generation_tokens_total{m="a"} %d\nvllm:prompt_tokens_total{m="a"} %d\n'
+        b'vllm:num_requests_running{m="a"} 3\n' % (asked * 500, asked * 2000)
+    )
+
+
+async def test_tokens_and_joules_of_two_pods_are_metered_while_one_of_them_lies(world):
+    world.node.give("inference", "chat-0", 0, 1)
+    world.node.give("inference", "chat-1", 2, 3)
+    for gpu in world.node.hardware.gpus[:4]:
+        gpu.set_demand(400.0)
+    async with (
+        Model(honest) as model,
+        Model(lambda asked: b"vllm:generation_tokens_total NaN\n" * asked) as liar,
+    ):
+        await world.begin(
+            grant(gpus=2, metrics=model.url), grant("chat-1", gpus=2, metrics=f"{liar.url}/v1/metrics")
+        )
+
+        async def metered() -> bool:
+            meters = {it.pod: it for it in (await world.status()).meters}
+            return "inference/chat-0" in meters and meters["inference/chat-0"].generated_tokens >= 1_000
+
+        await until(metered)
+        status = await world.status()
+        meter = next(it for it in status.meters if it.pod == "inference/chat-0")
+        assert meter.prompt_tokens == 4 * meter.generated_tokens
+        assert meter.running == 3
+        seconds = meter.generated_tokens / 500  # one reading a second
+        assert 2 * 250_000 * seconds < meter.millijoules < 2 * 700_000 * (seconds + 5) * 2
+        assert all(it.generated_tokens == 0 for it in status.meters if it.pod == "inference/chat-1")
+        conditions = {it.type: it for it in status.conditions}
+        assert "chat-1" in conditions["Metered"].message
+        assert liar.asked > 0
+
+
+async def test_killed_again_and_again_while_sheets_change_the_last_sheet_holds(world):
+    world.node.give("inference", "chat-0", *range(8))
+    await world.begin(grant())
+    for cap in (500_000, 350_000, 450_000, 300_000):
+        await world.sheets(cap)
+        await world.node.kill()
+        world.start()
+        await until(world.node.ports)
+        assert max(world.node.enforced_milliwatts()) <= 600_000
+    await world.renewed_until(300_000)
+    await world.acknowledged()

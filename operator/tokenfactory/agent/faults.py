@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tokenfactory.agent.health import History, Verdict, assess, lemon_score
-from tokenfactory.agent.nvml import Failure, Gpu, Identity, Reading, Wear, Xid
+from tokenfactory.agent.nvml import Failure, FailureKind, Gpu, Identity, Reading, Wear, Xid
 from tokenfactory.agent.xid import Action
 
 MOST_FAULTS = 16
@@ -29,14 +29,14 @@ class Faults:
     _histories: dict[str, History] = field(default_factory=dict)
     _wear: dict[str, Wear | Failure] = field(default_factory=dict)
     _readings: dict[str, Reading | Failure] = field(default_factory=dict)
-    _limits: dict[str, str] = field(default_factory=dict)
+    _limits: dict[str, Failure] = field(default_factory=dict)
     _guard: dict[str, str] = field(default_factory=dict)
 
     def verdict(self, gpu: str) -> Verdict:
         return self.verdicts.get(gpu, UNKNOWN)
 
     def texts(self, gpu: str) -> tuple[str, ...]:
-        own = (texts[gpu] for texts in (self._limits, self._guard) if gpu in texts)
+        own = [str(told[gpu]) for told in (self._limits, self._guard) if gpu in told]
         return (*self.verdict(gpu).faults, *own)[:MOST_FAULTS]
 
     def lemon_score(self, now: float) -> float:
@@ -62,16 +62,24 @@ class Faults:
         return self._judge(gpu)
 
     def take_limit(self, gpu: str, failure: Failure | None) -> bool:
-        return _put(self._limits, gpu, None if failure is None else str(failure))
+        before = self._limits.pop(gpu, None)
+        if failure is not None:
+            self._limits[gpu] = failure
+        self._judge(gpu)
+        return before != failure
 
-    def take_guard(self, gpu: str, text: str | None) -> bool:
-        return _put(self._guard, gpu, text)
+    def take_guard(self, gpu: str, text: str | None) -> None:
+        self._guard.pop(gpu, None)
+        if text is not None:
+            self._guard[gpu] = text
 
     def _judge(self, gpu: str) -> bool:
+        limit = self._limits.get(gpu)
+        gone = limit is not None and limit.kind in (FailureKind.TIMEOUT, FailureKind.LOST)
         verdict = assess(
             self._histories.get(gpu, History()),
             self.identity(),
-            self._wear.get(gpu, Wear()),
+            limit if limit is not None and gone else self._wear.get(gpu, Wear()),
             self._readings.get(gpu, Reading(0.0)),
             links_expected=self._links.get(gpu, 0),
         )
@@ -81,10 +89,3 @@ class Faults:
             verdict.faults,
             verdict.action,
         )
-
-
-def _put(texts: dict[str, str], gpu: str, text: str | None) -> bool:
-    before = texts.pop(gpu, None)
-    if text is not None:
-        texts[gpu] = text
-    return before != text
