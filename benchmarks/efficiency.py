@@ -1,0 +1,206 @@
+"""Tokens per joule and SLO attainment over an hour of recorded traffic: ours beside what is commonly run.
+
+The same traffic, curves, router and start-up delay for all, in the same run:
+- all replicas on at the GPUs' default limit;
+- all replicas on at a fixed cap of 70 %;
+- a HorizontalPodAutoscaler on queue length (requests per replica, 15 s, tolerance 10 %, 300 s before it scales in) at
+  default limits, with several targets: what is compared is the most efficient that keeps the SLOs no less often than
+  ours, else the one that keeps them most often.
+TRACE=path names another trace (TIMESTAMP,ContextTokens,GeneratedTokens).
+"""
+
+import os
+from collections import deque
+from math import ceil
+from pathlib import Path
+
+from _report import Figure, report, table
+from _serving import (
+    BATCH,
+    CAP_SHARE,
+    DEFAULT_WATTS,
+    GPUS,
+    METER_SECONDS,
+    MINIMUM_WATTS,
+    NODE_OVERHEAD_WATTS,
+    P95_LATENCY,
+    REPLICAS_PER_NODE,
+    START_SECONDS,
+    TOKENS,
+    FleetSimulation,
+    Request,
+    attained,
+    decode_speed,
+    percentile,
+    recorded,
+)
+from tokenfactory.planning.efficiency.operating_point import Goals
+from tokenfactory.planning.efficiency.replicas import Memory, Tuning, decide_replicas
+from tokenfactory.planning.efficiency.traffic import ReplicaMeter, Traffic
+from tokenfactory.planning.power.profile import Point
+
+QUICK = os.environ.get("QUICK") == "1"
+SEED = int(os.environ.get("SEED", "1"))
+MINUTES = 30 if QUICK else 59
+COPIES = 6 if QUICK else 16
+MOST = 10 if QUICK else 24
+FIRST_TOKEN, LATENCY = 1.0, 0.05
+TRACE = Path(
+    os.environ.get("TRACE")
+    or Path(__file__).resolve().parents[2] / "shared" / "data" / "llm_requests_conversation_2023.csv"
+)
+
+
+def profile() -> list[Point]:
+    """What a PowerProfile of this model holds: measured batches at a range of caps."""
+    points = []
+    for batch, tokens, latency in zip(BATCH[1:], TOKENS[1:], P95_LATENCY[1:], strict=True):
+        for cap in range(int(MINIMUM_WATTS), int(DEFAULT_WATTS) + 1, 20):
+            speed = decode_speed(cap, batch)
+            points.append(Point(cap * 1000, tokens / GPUS * speed, int(batch), latency / speed * 1000))
+    return points
+
+
+class Fixed:
+    """Everything on, at one cap."""
+
+    def __init__(self, cap: float) -> None:
+        self.cap = cap
+
+    def decide(self, _now: float, fleet: FleetSimulation) -> None:
+        fleet.cap = self.cap
+
+
+class QueueLength:
+    """autoscaling/v2 with an average value, as Kubernetes documents it."""
+
+    def __init__(self, target: float) -> None:
+        self.target = target
+        self.wanted: deque = deque()
+
+    def decide(self, now: float, fleet: FleetSimulation) -> None:
+        ready, active = fleet.ready(), len(fleet.active())
+        if not ready:
+            return
+        ratio = (sum(r.in_flight for r in ready) + len(fleet.door)) / len(ready) / self.target
+        wanted = active if abs(ratio - 1) <= 0.1 else ceil(len(ready) * ratio)
+        wanted = max(1, min(fleet.most, wanted))
+        self.wanted.append((now, wanted))
+        while self.wanted[0][0] < now - 300:
+            self.wanted.popleft()
+        fleet.scale(wanted if wanted > active else min(active, max(w for _, w in self.wanted)))
+
+
+class Ours:
+    """The product's own decision over what an agent would report."""
+
+    def __init__(self) -> None:
+        self.points = profile()
+        self.memory = Memory()
+        self.goals = Goals(1, MOST, FIRST_TOKEN * 1000, LATENCY * 1000)
+        self.tuning = Tuning(gpus_per_replica=GPUS, startup_milliseconds=int(START_SECONDS * 1000))
+
+    def decide(self, now: float, fleet: FleetSimulation) -> None:
+        ready = fleet.ready()
+        traffic = Traffic(
+            meters=tuple(self._meter(now, r) for r in ready),
+            ready=len(ready),
+            pending=len(fleet.active()) - len(ready),
+            at_the_door=len(fleet.door),
+        )
+        decision = decide_replicas(
+            self.goals, self.points, traffic, self.memory, int(now * 1000), self.tuning
+        )
+        self.memory = decision.memory
+        fleet.scale(decision.replicas)
+        if decision.point is not None:
+            fleet.cap = decision.point.cap_milliwatts / 1000
+
+    def _meter(self, now: float, replica) -> ReplicaMeter:
+        for window in (replica.generated, replica.first_tokens):
+            while window and window[0][0] < now - METER_SECONDS:
+                window.popleft()
+        first = percentile([f for _, f in replica.first_tokens])
+        seconds = min(METER_SECONDS, max(now - replica.ready_at, 1.0))
+        return ReplicaMeter(
+            running=len(replica.running),
+            waiting=len(replica.queue),
+            first_token_milliseconds=None if first is None else first * 1000,
+            inter_token_milliseconds=replica.latency * 1000 or None,
+            tokens_per_second=sum(t for _, t in replica.generated) / seconds,
+        )
+
+
+class Outcome:
+    def __init__(self, name: str, policy, requests: list[Request]) -> None:
+        simulation = FleetSimulation(requests, MOST, MOST)
+        seconds = MINUTES * 60.0
+        simulation.run(policy, seconds)
+        overhead = MOST / REPLICAS_PER_NODE * NODE_OVERHEAD_WATTS * seconds
+        self.name = name
+        self.per_joule = simulation.tokens / (simulation.gpu_joules + overhead)
+        self.per_gpu_joule = simulation.tokens / simulation.gpu_joules
+        self.minutes, self.requests = attained(simulation, FIRST_TOKEN, LATENCY)
+        self.replicas = simulation.replica_seconds / seconds
+        self.served = len(simulation.served) / len(requests)
+        self.changes = simulation.changes
+        self.cap = simulation.cap
+
+
+def main() -> None:
+    requests, source = recorded(TRACE, COPIES, MINUTES, SEED)
+    print(
+        f"seed {SEED}; {source}; {COPIES} times {MINUTES} minutes, {len(requests):,} requests, {MOST} replicas at most"
+    )
+    print(
+        f"SLO per minute, 95th percentile: first token {FIRST_TOKEN}s, between tokens {LATENCY * 1000:.0f}ms"
+    )
+    assert CAP_SHARE[0] > 0
+    ours = Outcome("ours", Ours(), requests)
+    on = Outcome("all on, default limit", Fixed(DEFAULT_WATTS), requests)
+    fixed = Outcome("all on, cap at 70 %", Fixed(0.7 * DEFAULT_WATTS), requests)
+    targets = (32, 64) if QUICK else (24, 32, 48, 64, 96)
+    scaled = [Outcome(f"HPA, {t} requests per replica", QueueLength(t), requests) for t in targets]
+    equal = [h for h in scaled if h.minutes >= ours.minutes]
+    hpa = max(equal, key=lambda h: h.per_joule) if equal else max(scaled, key=lambda h: h.minutes)
+    columns = (
+        "policy",
+        "tokens/J node",
+        "tokens/J GPU",
+        "SLO minutes",
+        "SLO requests",
+        "served",
+        "replicas",
+        "changes",
+    )
+    table(
+        columns,
+        [
+            (
+                o.name + (" *" if o is hpa else ""),
+                f"{o.per_joule:.3f}",
+                f"{o.per_gpu_joule:.3f}",
+                f"{o.minutes:.1%}",
+                f"{o.requests:.2%}",
+                f"{o.served:.1%}",
+                f"{o.replicas:.1f}",
+                o.changes,
+            )
+            for o in (ours, on, fixed, *scaled)
+        ],
+    )
+    figures = [
+        Figure("tokens_per_joule_ours", ours.per_joule, "tokens/J"),
+        Figure("slo_minutes_ours", ours.minutes, "ratio"),
+    ]
+    for name, other in (("all_on", on), ("fixed_cap_70", fixed), ("hpa_queue_length", hpa)):
+        figures.append(
+            Figure(f"tokens_per_joule_over_{name}", ours.per_joule / other.per_joule, "ratio", "> 1")
+        )
+        figures.append(Figure(f"slo_minutes_above_{name}", ours.minutes - other.minutes, "ratio", ">= 0"))
+        figures.append(Figure(f"slo_requests_above_{name}", ours.requests - other.requests, "ratio"))
+    report("efficiency", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""How many replicas a model needs: the fewest that keep its SLOs.
+
+Each replica less raises the concurrency of the others, and that buys more tokens per joule than anything else. The load
+is measured in generated tokens per second, which does not depend on how many replicas serve it, and in requests in
+flight, which tells when they no longer keep up. What a replica carries comes from the profile, corrected by the latency
+measured here, and is lowered where the latencies show that it was too much.
+
+Nothing flaps: a replica is added when those there would be filled beyond `FILL_UP`, and taken away only when the rest
+would have been filled less than `FILL_DOWN` at every moment of the last window. As long as the load of a window stays
+within that ratio, no removal can be followed by an addition.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Final
+
+from tokenfactory.planning.efficiency.operating_point import (
+    Goals,
+    OperatingPoint,
+    choose_operating_point,
+    latency_of,
+)
+from tokenfactory.planning.efficiency.traffic import Traffic
+from tokenfactory.planning.power.profile import Point
+
+FILL_UP: Final = 0.92
+FILL_DOWN: Final = 0.78
+BUCKET_MILLISECONDS: Final = 15_000
+SMOOTHING_MILLISECONDS: Final = 30_000
+CEILING_RECOVERS_PER_MINUTE: Final = 0.01
+UNKNOWN_CONCURRENCY: Final = 32
+"""Requests per replica aimed at while neither a profile nor an SLO says anything."""
+FULL_CACHE_PERMILLE: Final = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    window_milliseconds: int = 180_000
+    """Replicas are taken away only for what held so long."""
+    idle_milliseconds: int = 600_000
+    """Without any request for so long a model with `min: 0` goes to zero."""
+    startup_milliseconds: int = 180_000
+    """How long a replica takes to serve; a rising load is met that much ahead."""
+    gpus_per_replica: int = 1
+    overhead_milliwatts: int = 0
+    """What a replica's part of its node draws besides GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The most that was needed within a few seconds, and the load then."""
+
+    at_milliseconds: int
+    kept: int
+    """Replicas that it would have taken to stay below `FILL_DOWN`."""
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the next decision needs of the earlier ones; all of it can be lost at the cost of one window."""
+
+    desired: int | None = None
+    at_milliseconds: int | None = None
+    load: float = 0.0
+    """Tokens per second, smoothed."""
+    slowdown: float = 1.0
+    """How much longer a token takes here than in the profile."""
+    ceiling: float | None = None
+    """Tokens per second of one replica at which a latency was missed, recovering slowly."""
+    idle_since: int | None = None
+    since: int | None = None
+    """Since when it watches: nothing is taken away before a whole window was seen."""
+    buckets: tuple[Bucket, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    replicas: int
+    reason: str
+    message: str
+    point: OperatingPoint | None
+    memory: Memory
+
+
+def decide_replicas(
+    goals: Goals,
+    points: Iterable[Point],
+    traffic: Traffic,
+    memory: Memory,
+    now_milliseconds: int,
+    tuning: Tuning = Tuning(),
+) -> Decision:
+    known_points = tuple(points)
+    first = max(goals.min_replicas, traffic.ready + traffic.pending)
+    desired = _within(goals, memory.desired if memory.desired is not None else first)
+    memory = replace(memory, since=now_milliseconds if memory.since is None else memory.since)
+    if desired == 0 or traffic.ready == 0:
+        return _asleep(goals, traffic, memory, desired, now_milliseconds)
+    if not traffic.known:
+        told = f"{len(traffic.meters)} of {traffic.ready} ready replicas report: {desired} stay"
+        return _decision(desired, "TrafficUnknown", told, None, memory, now_milliseconds)
+    memory = _learn(goals, known_points, traffic, memory, now_milliseconds)
+    point = choose_operating_point(
+        known_points,
+        goals,
+        gpus_per_replica=tuning.gpus_per_replica,
+        overhead_milliwatts=tuning.overhead_milliwatts,
+        slowdown=memory.slowdown,
+    )
+    carries = _carries(goals, point, traffic, memory)
+    memory = _remember(memory, carries, now_milliseconds, tuning)
+    if goals.min_replicas == 0 and _idle_for(memory, now_milliseconds) >= tuning.idle_milliseconds:
+        return _decision(
+            0, "NoTraffic", "no request for a while: scaled to zero", point, memory, now_milliseconds
+        )
+    return _settle(goals, traffic, memory, _Carried(carries, point), desired, now_milliseconds, tuning)
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    tokens_per_second: float
+    point: OperatingPoint | None
+
+
+def _within(goals: Goals, replicas: int) -> int:
+    return max(goals.min_replicas, min(goals.max_replicas, replicas))
+
+
+def _decision(
+    replicas: int, reason: str, message: str, point: OperatingPoint | None, memory: Memory, now: int
+) -> Decision:
+    memory = replace(memory, desired=replicas, at_milliseconds=now)
+    return Decision(replicas, reason, message, point, memory)
+
+
+def _asleep(goals: Goals, traffic: Traffic, memory: Memory, desired: int, now: int) -> Decision:
+    """Nothing serves: woken by requests at the door, and waiting for what starts."""
+    if traffic.at_the_door and desired == 0:
+        told = f"{traffic.at_the_door} requests arrived while nothing served"
+        return _decision(_within(goals, 1), "Woken", told, None, replace(memory, idle_since=None), now)
+    if desired == 0:
+        return _decision(0, "NoTraffic", "asleep until a request arrives", None, memory, now)
+    return _decision(desired, "Starting", f"no replica of {desired} is ready yet", None, memory, now)
+
+
+def _learn(goals: Goals, points: tuple[Point, ...], traffic: Traffic, memory: Memory, now: int) -> Memory:
+    """Smooths the load, corrects the profile by the measured latency, and notes loads that were too much."""
+    elapsed = max(now - memory.at_milliseconds, 0) if memory.at_milliseconds is not None else 10**9
+    part = min(1.0, elapsed / SMOOTHING_MILLISECONDS)
+    load = memory.load + (traffic.tokens_per_second - memory.load) * part
+    slowdown = memory.slowdown
+    measured = traffic.inter_token_milliseconds
+    expected = latency_of(points, traffic.concurrency)
+    if measured is not None and expected and traffic.concurrency >= 4:
+        ratio = min(max(measured / expected, 0.5), 3.0)
+        slowdown += (ratio - slowdown) * min(1.0, part / 2)
+    idle_since = None
+    if traffic.idle:
+        idle_since = memory.idle_since if memory.idle_since is not None else now
+    return replace(
+        memory,
+        load=load,
+        slowdown=slowdown,
+        ceiling=_ceiling(goals, traffic, memory, elapsed),
+        idle_since=idle_since,
+    )
+
+
+def _ceiling(goals: Goals, traffic: Traffic, memory: Memory, elapsed: int) -> float | None:
+    """What one replica carried when a latency was missed. A shortage that is being met already teaches nothing."""
+    ceiling = memory.ceiling
+    if ceiling is not None:
+        ceiling *= 1 + CEILING_RECOVERS_PER_MINUTE * min(elapsed, 60_000) / 60_000
+    each = traffic.tokens_per_second / max(traffic.ready, 1)
+    if traffic.pending or each <= 0:
+        return ceiling
+    worst = _worst(goals, traffic)
+    if worst > 1.0:
+        # Half of what the latency is over, and never more than a quarter at once: latencies are noisy.
+        bound = each * max(0.75, 1 - (worst - 1) / 2)
+    elif worst > 0.95:
+        bound = each
+    else:
+        return ceiling
+    return bound if ceiling is None else min(ceiling, bound)
+
+
+def _worst(goals: Goals, traffic: Traffic) -> float:
+    """The latency that is nearest to its SLO, or beyond it, as a share of the SLO; 0 when none is asked."""
+    pairs = (
+        (traffic.inter_token_milliseconds, goals.inter_token_milliseconds),
+        (traffic.first_token_milliseconds, goals.first_token_milliseconds),
+    )
+    return max((m / g for m, g in pairs if m is not None and g), default=0.0)
+
+
+def _carries(goals: Goals, point: OperatingPoint | None, traffic: Traffic, memory: Memory) -> float:
+    """Tokens per second that one replica carries within the SLO."""
+    each = traffic.tokens_per_second / max(traffic.ready, 1)
+    if point is not None:
+        carries = point.tokens_per_second
+    else:
+        worst = _worst(goals, traffic)
+        # Without a profile a replica is trusted with a little more at a time, as the latency allows.
+        room = min(1.25, 0.9 / worst) if worst else UNKNOWN_CONCURRENCY / max(traffic.concurrency, 1.0)
+        carries = max(each * room, 1e-6) if each else float("inf")
+    if traffic.cache_permille > FULL_CACHE_PERMILLE and each:
+        carries = min(carries, each * FULL_CACHE_PERMILLE / traffic.cache_permille)
+    return carries if memory.ceiling is None else min(carries, memory.ceiling)
+
+
+def _remember(memory: Memory, carries: float, now: int, tuning: Tuning) -> Memory:
+    start = now - now % BUCKET_MILLISECONDS
+    kept = ceil(memory.load / (carries * FILL_DOWN) - 1e-9)
+    last = memory.buckets[-1] if memory.buckets else None
+    earlier = memory.buckets
+    load = memory.load
+    if last is not None and last.at_milliseconds == start:
+        earlier, kept, load = memory.buckets[:-1], max(kept, last.kept), max(load, last.tokens_per_second)
+    oldest = now - tuning.window_milliseconds
+    recent = tuple(b for b in earlier if b.at_milliseconds + BUCKET_MILLISECONDS > oldest)
+    return replace(memory, buckets=(*recent, Bucket(start, kept, load)))
+
+
+def _idle_for(memory: Memory, now: int) -> int:
+    return 0 if memory.idle_since is None else now - memory.idle_since
+
+
+def _ahead(memory: Memory, tuning: Tuning) -> float:
+    """The load when a replica that is asked for now will serve: a steady rise goes on, a fall does not count.
+
+    The rise is taken between the means of the older and the newer half of the window, so that noise is not a trend.
+    """
+    half = len(memory.buckets) // 2
+    if half < 3:
+        return memory.load
+    older, newer = memory.buckets[:half], memory.buckets[-half:]
+    rise = (sum(b.tokens_per_second for b in newer) - sum(b.tokens_per_second for b in older)) / half
+    apart = newer[0].at_milliseconds - older[0].at_milliseconds
+    if rise <= 0.05 * memory.load or apart <= 0:
+        return memory.load
+    return min(memory.load + rise * tuning.startup_milliseconds / apart, 1.5 * memory.load)
+
+
+def _settle(
+    goals: Goals,
+    traffic: Traffic,
+    memory: Memory,
+    carried: _Carried,
+    desired: int,
+    now: int,
+    tuning: Tuning,
+) -> Decision:
+    carries, point = carried.tokens_per_second, carried.point
+    up = ceil(_ahead(memory, tuning) / (carries * FILL_UP) - 1e-9)
+    if point is not None and not traffic.pending:
+        # Requests pile up when replicas no longer keep up; while more are starting that says nothing new.
+        up = max(up, ceil(traffic.in_flight / (point.concurrency * FILL_UP) - 1e-9))
+    watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
+    keep = max(b.kept for b in memory.buckets) if watched else desired
+    least = max(goals.min_replicas, 1)
+    wanted = max(up, min(desired, max(keep, up)), least)
+    replicas = min(wanted, goals.max_replicas)
+    told = f"{memory.load:.0f} tokens/s at {carries:.0f} per replica"
+    if wanted > goals.max_replicas:
+        message = f"{told} needs {wanted} replicas, the most allowed is {goals.max_replicas}"
+        return _decision(replicas, "AtMaximum", message, point, memory, now)
+    if replicas > desired:
+        return _decision(replicas, "LoadRose", f"{told}: {desired} → {replicas}", point, memory, now)
+    if replicas < desired:
+        message = f"{told} for {tuning.window_milliseconds // 1000}s: {desired} → {replicas}"
+        return _decision(replicas, "LoadFell", message, point, memory, now)
+    reason = "AtMinimum" if replicas == least and keep < least else "Steady"
+    return _decision(replicas, reason, told, point, memory, now)
