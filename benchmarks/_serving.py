@@ -190,7 +190,7 @@ class FleetSimulation:
         replica.clock += tokens
         replica.latency_sum += tokens * replica.latency
         self.tokens += tokens * batch
-        replica.generated.append((self.now, tokens * batch))
+        replica.generated.append((self.now, tokens * batch, replica.latency))
         while replica.running and replica.running[0][0] <= replica.clock:
             _, generate, began, first, _request = heappop(replica.running)
             self.served.append(Served(self.now, first, (replica.latency_sum - began) / generate))

@@ -5,6 +5,9 @@ is measured in generated tokens per second, which does not depend on how many re
 flight, which tells when they no longer keep up. What a replica carries comes from the profile, corrected by the latency
 measured here, and is lowered where the latencies show that it was too much.
 
+A profile does not know this model's prompts, so it is not believed at once: replicas are taken away a few at a time, only
+while the latencies leave room for it, and each time what follows is watched before the next.
+
 Nothing flaps: a replica is added when those there would be filled beyond `FILL_UP`, and taken away only when the rest
 would have been filled less than `FILL_DOWN` at every moment of the last window. As long as the load of a window stays
 within that ratio, no removal can be followed by an addition.
@@ -29,6 +32,15 @@ FILL_DOWN: Final = 0.78
 BUCKET_MILLISECONDS: Final = 15_000
 SMOOTHING_MILLISECONDS: Final = 30_000
 CEILING_RECOVERS_PER_MINUTE: Final = 0.01
+LEAST_CONCURRENCY_TO_LEARN: Final = 4
+SLOWDOWN_DEADBAND: Final = 0.1
+NEAR_SLO: Final = 0.9
+SETTLE_MILLISECONDS: Final = 60_000
+"""After a change what is measured is still about the replicas that were there before."""
+STEP_DOWN: Final = 0.2
+"""The largest part of the replicas that is taken away at once."""
+LATENCY_ROOM: Final = 0.85
+"""Share of the SLO that a latency may be expected at after replicas were taken away."""
 UNKNOWN_CONCURRENCY: Final = 32
 """Requests per replica aimed at while neither a profile nor an SLO says anything."""
 FULL_CACHE_PERMILLE: Final = 900
@@ -55,6 +67,8 @@ class Bucket:
     kept: int
     """Replicas that it would have taken to stay below `FILL_DOWN`."""
     tokens_per_second: float
+    worst: float
+    """The latency nearest to its SLO, as a share of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +81,13 @@ class Memory:
     """Tokens per second, smoothed."""
     slowdown: float = 1.0
     """How much longer a token takes here than in the profile."""
+    slowdown_held: float = 1.0
+    """The same, but only moved when it is clearly off: the operating point must not follow noise."""
+    worst: float = 0.0
+    """The latency nearest to its SLO as a share of it, smoothed."""
+    ready: int = 0
+    settled_at: int = 0
+    """When the measurements will be about the replicas that there are now."""
     ceiling: float | None = None
     """Tokens per second of one replica at which a latency was missed, recovering slowly."""
     idle_since: int | None = None
@@ -107,7 +128,7 @@ def decide_replicas(
         goals,
         gpus_per_replica=tuning.gpus_per_replica,
         overhead_milliwatts=tuning.overhead_milliwatts,
-        slowdown=memory.slowdown,
+        slowdown=memory.slowdown_held,
     )
     carries = _carries(goals, point, traffic, memory)
     memory = _remember(memory, carries, now_milliseconds, tuning)
@@ -149,41 +170,49 @@ def _learn(goals: Goals, points: tuple[Point, ...], traffic: Traffic, memory: Me
     """Smooths the load, corrects the profile by the measured latency, and notes loads that were too much."""
     elapsed = max(now - memory.at_milliseconds, 0) if memory.at_milliseconds is not None else 10**9
     part = min(1.0, elapsed / SMOOTHING_MILLISECONDS)
+    if traffic.ready != memory.ready:
+        memory = replace(memory, ready=traffic.ready, settled_at=now + SETTLE_MILLISECONDS)
+    settled = now >= memory.settled_at
     load = memory.load + (traffic.tokens_per_second - memory.load) * part
-    slowdown = memory.slowdown
-    measured = traffic.inter_token_milliseconds
-    expected = latency_of(points, traffic.concurrency)
-    if measured is not None and expected and traffic.concurrency >= 4:
-        ratio = min(max(measured / expected, 0.5), 3.0)
-        slowdown += (ratio - slowdown) * min(1.0, part / 2)
-    idle_since = None
-    if traffic.idle:
-        idle_since = memory.idle_since if memory.idle_since is not None else now
-    return replace(
-        memory,
-        load=load,
-        slowdown=slowdown,
-        ceiling=_ceiling(goals, traffic, memory, elapsed),
-        idle_since=idle_since,
-    )
-
-
-def _ceiling(goals: Goals, traffic: Traffic, memory: Memory, elapsed: int) -> float | None:
-    """What one replica carried when a latency was missed. A shortage that is being met already teaches nothing."""
+    if not settled:
+        # A replica that went took its count along, and its requests are only beginning elsewhere.
+        load = max(load, memory.load)
+    worst = memory.worst + (_worst(goals, traffic) - memory.worst) * part
+    memory = replace(memory, load=load, worst=worst, idle_since=_idle_since(traffic, memory, now))
+    memory = _learn_slowdown(points, traffic, memory, part)
     ceiling = memory.ceiling
     if ceiling is not None:
         ceiling *= 1 + CEILING_RECOVERS_PER_MINUTE * min(elapsed, 60_000) / 60_000
-    each = traffic.tokens_per_second / max(traffic.ready, 1)
-    if traffic.pending or each <= 0:
+    if settled and not traffic.pending:
+        ceiling = _ceiling(traffic.tokens_per_second / traffic.ready, worst, ceiling)
+    return replace(memory, ceiling=ceiling)
+
+
+def _idle_since(traffic: Traffic, memory: Memory, now: int) -> int | None:
+    if not traffic.idle:
+        return None
+    return memory.idle_since if memory.idle_since is not None else now
+
+
+def _learn_slowdown(points: tuple[Point, ...], traffic: Traffic, memory: Memory, part: float) -> Memory:
+    measured = traffic.inter_token_milliseconds
+    expected = latency_of(points, traffic.concurrency)
+    if measured is None or not expected or traffic.concurrency < LEAST_CONCURRENCY_TO_LEARN:
+        return memory
+    ratio = min(max(measured / expected, 0.5), 3.0)
+    slowdown = memory.slowdown + (ratio - memory.slowdown) * part / 2
+    held = memory.slowdown_held
+    if abs(slowdown - held) > SLOWDOWN_DEADBAND * held:
+        held = slowdown
+    return replace(memory, slowdown=slowdown, slowdown_held=held)
+
+
+def _ceiling(each: float, worst: float, ceiling: float | None) -> float | None:
+    """What one replica may carry: no more than now when a latency is near its SLO, and less when it is beyond."""
+    if each <= 0 or worst <= NEAR_SLO:
         return ceiling
-    worst = _worst(goals, traffic)
-    if worst > 1.0:
-        # Half of what the latency is over, and never more than a quarter at once: latencies are noisy.
-        bound = each * max(0.75, 1 - (worst - 1) / 2)
-    elif worst > 0.95:
-        bound = each
-    else:
-        return ceiling
+    # Half of what the latency is over, and never more than a quarter at once: latencies are noisy.
+    bound = each * max(0.75, 1 - max(worst - NEAR_SLO, 0.0) / 2)
     return bound if ceiling is None else min(ceiling, bound)
 
 
@@ -216,12 +245,13 @@ def _remember(memory: Memory, carries: float, now: int, tuning: Tuning) -> Memor
     kept = ceil(memory.load / (carries * FILL_DOWN) - 1e-9)
     last = memory.buckets[-1] if memory.buckets else None
     earlier = memory.buckets
-    load = memory.load
+    load, worst = memory.load, memory.worst
     if last is not None and last.at_milliseconds == start:
-        earlier, kept, load = memory.buckets[:-1], max(kept, last.kept), max(load, last.tokens_per_second)
+        earlier = memory.buckets[:-1]
+        kept, load, worst = max(kept, last.kept), max(load, last.tokens_per_second), max(worst, last.worst)
     oldest = now - tuning.window_milliseconds
     recent = tuple(b for b in earlier if b.at_milliseconds + BUCKET_MILLISECONDS > oldest)
-    return replace(memory, buckets=(*recent, Bucket(start, kept, load)))
+    return replace(memory, buckets=(*recent, Bucket(start, kept, load, worst)))
 
 
 def _idle_for(memory: Memory, now: int) -> int:
@@ -244,6 +274,22 @@ def _ahead(memory: Memory, tuning: Tuning) -> float:
     return min(memory.load + rise * tuning.startup_milliseconds / apart, 1.5 * memory.load)
 
 
+def _kept(memory: Memory, desired: int, now: int, tuning: Tuning) -> int:
+    """How many have to stay for now, by the window that was seen."""
+    watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
+    if not watched or now < memory.settled_at or memory.ready < desired:
+        return desired
+    keep = max(*(b.kept for b in memory.buckets), desired - max(1, int(STEP_DOWN * desired)))
+    settled = [
+        b.worst for b in memory.buckets if b.at_milliseconds >= memory.settled_at - SETTLE_MILLISECONDS // 2
+    ]
+    worst = max(settled, default=memory.worst)
+    # Latencies rise faster than the load: like its square near the point where replicas no longer keep up.
+    while keep < desired and worst * (desired / keep) ** 2 > LATENCY_ROOM:
+        keep += 1
+    return keep
+
+
 def _settle(
     goals: Goals,
     traffic: Traffic,
@@ -258,9 +304,8 @@ def _settle(
     if point is not None and not traffic.pending:
         # Requests pile up when replicas no longer keep up; while more are starting that says nothing new.
         up = max(up, ceil(traffic.in_flight / (point.concurrency * FILL_UP) - 1e-9))
-    watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
-    keep = max(b.kept for b in memory.buckets) if watched else desired
     least = max(goals.min_replicas, 1)
+    keep = _kept(memory, desired, now, tuning)
     wanted = max(up, min(desired, max(keep, up)), least)
     replicas = min(wanted, goals.max_replicas)
     told = f"{memory.load:.0f} tokens/s at {carries:.0f} per replica"
