@@ -15,7 +15,7 @@ within that ratio, no removal can be followed by an addition.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, sqrt
 from typing import Final
 
 from tokenfactory.planning.efficiency.operating_point import (
@@ -34,12 +34,14 @@ SMOOTHING_MILLISECONDS: Final = 30_000
 CEILING_RECOVERS_PER_MINUTE: Final = 0.01
 LEAST_CONCURRENCY_TO_LEARN: Final = 4
 SLOWDOWN_DEADBAND: Final = 0.1
-NEAR_SLO: Final = 0.9
+NEAR_SLO: Final = 0.85
 SETTLE_MILLISECONDS: Final = 60_000
 """After a change what is measured is still about the replicas that were there before."""
+PACE_MILLISECONDS: Final = 120_000
+"""From one removal to the next: long enough to see what the first one did."""
 STEP_DOWN: Final = 0.2
 """The largest part of the replicas that is taken away at once."""
-LATENCY_ROOM: Final = 0.85
+LATENCY_ROOM: Final = 0.65
 """Share of the SLO that a latency may be expected at after replicas were taken away."""
 UNKNOWN_CONCURRENCY: Final = 32
 """Requests per replica aimed at while neither a profile nor an SLO says anything."""
@@ -88,6 +90,8 @@ class Memory:
     ready: int = 0
     settled_at: int = 0
     """When the measurements will be about the replicas that there are now."""
+    taken_at: int = 0
+    """When replicas were taken away last."""
     ceiling: float | None = None
     """Tokens per second of one replica at which a latency was missed, recovering slowly."""
     idle_since: int | None = None
@@ -274,10 +278,19 @@ def _ahead(memory: Memory, tuning: Tuning) -> float:
     return min(memory.load + rise * tuning.startup_milliseconds / apart, 1.5 * memory.load)
 
 
+def _for_latency(memory: Memory, traffic: Traffic, ahead: float, now: int) -> int:
+    """What keeps the latencies off the SLO when the load goes on as it does; 0 when they leave room enough."""
+    growth = ahead / memory.load if memory.load > 0 else 1.0
+    expected = memory.worst * growth**2
+    if traffic.pending or now < memory.settled_at or expected <= NEAR_SLO:
+        return 0
+    return ceil(traffic.ready * min(sqrt(expected / NEAR_SLO), 1.5) - 1e-9)
+
+
 def _kept(memory: Memory, desired: int, now: int, tuning: Tuning) -> int:
     """How many have to stay for now, by the window that was seen."""
     watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
-    if not watched or now < memory.settled_at or memory.ready < desired:
+    if not watched or now - memory.taken_at < PACE_MILLISECONDS or memory.ready != desired:
         return desired
     keep = max(*(b.kept for b in memory.buckets), desired - max(1, int(STEP_DOWN * desired)))
     settled = [
@@ -300,7 +313,8 @@ def _settle(
     tuning: Tuning,
 ) -> Decision:
     carries, point = carried.tokens_per_second, carried.point
-    up = ceil(_ahead(memory, tuning) / (carries * FILL_UP) - 1e-9)
+    ahead = _ahead(memory, tuning)
+    up = max(ceil(ahead / (carries * FILL_UP) - 1e-9), _for_latency(memory, traffic, ahead, now))
     if point is not None and not traffic.pending:
         # Requests pile up when replicas no longer keep up; while more are starting that says nothing new.
         up = max(up, ceil(traffic.in_flight / (point.concurrency * FILL_UP) - 1e-9))
@@ -316,6 +330,6 @@ def _settle(
         return _decision(replicas, "LoadRose", f"{told}: {desired} → {replicas}", point, memory, now)
     if replicas < desired:
         message = f"{told} for {tuning.window_milliseconds // 1000}s: {desired} → {replicas}"
-        return _decision(replicas, "LoadFell", message, point, memory, now)
+        return _decision(replicas, "LoadFell", message, point, replace(memory, taken_at=now), now)
     reason = "AtMinimum" if replicas == least and keep < least else "Steady"
     return _decision(replicas, reason, told, point, memory, now)
