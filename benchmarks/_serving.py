@@ -211,7 +211,7 @@ class FleetSimulation:
             replica.prefill_left = 0.0
             replica.queue.popleft()
             first = self.now + (TICK - left) - request.at
-            replica.first_tokens.append((self.now, first))
+            replica.first_tokens.append((self.now, first, request.prompt))
             entry = (
                 replica.clock + request.generate,
                 request.generate,

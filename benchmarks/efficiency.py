@@ -119,7 +119,7 @@ class Ours:
         for window in (replica.generated, replica.first_tokens):
             while window and window[0][0] < now - METER_SECONDS:
                 window.popleft()
-        first = percentile([f for _, f in replica.first_tokens])
+        first = percentile([f for _, f, _ in replica.first_tokens])
         tokens = sum(t for _, t, _ in replica.generated)
         latency = sum(t * late for _, t, late in replica.generated) / tokens if tokens else None
         seconds = min(METER_SECONDS, max(now - replica.ready_at, 1.0))
@@ -129,6 +129,7 @@ class Ours:
             first_token_milliseconds=None if first is None else first * 1000,
             inter_token_milliseconds=None if latency is None else latency * 1000,
             tokens_per_second=tokens / seconds,
+            prompt_tokens_per_second=sum(p for *_, p in replica.first_tokens) / seconds,
         )
 
 

@@ -29,6 +29,7 @@ from tokenfactory.planning.power.profile import Point
 
 FILL_UP: Final = 0.92
 FILL_DOWN: Final = 0.78
+TREND: Final = 0.05
 BUCKET_MILLISECONDS: Final = 15_000
 SMOOTHING_MILLISECONDS: Final = 30_000
 CEILING_RECOVERS_PER_MINUTE: Final = 0.01
@@ -41,8 +42,9 @@ PACE_MILLISECONDS: Final = 120_000
 """From one removal to the next: long enough to see what the first one did."""
 STEP_DOWN: Final = 0.2
 """The largest part of the replicas that is taken away at once."""
-LATENCY_ROOM: Final = 0.65
-"""Share of the SLO that a latency may be expected at after replicas were taken away."""
+FIRST_TOKEN_ROOM: Final = 0.6
+INTER_TOKEN_ROOM: Final = 0.65
+"""Shares of the SLOs that latencies may be expected at after replicas were taken away."""
 UNKNOWN_CONCURRENCY: Final = 32
 """Requests per replica aimed at while neither a profile nor an SLO says anything."""
 FULL_CACHE_PERMILLE: Final = 900
@@ -69,8 +71,9 @@ class Bucket:
     kept: int
     """Replicas that it would have taken to stay below `FILL_DOWN`."""
     tokens_per_second: float
-    worst: float
-    """The latency nearest to its SLO, as a share of it."""
+    prompt_tokens_per_second: float
+    squeeze: float
+    """The smallest part of the replicas that the latencies then left room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,17 @@ class Memory:
     desired: int | None = None
     at_milliseconds: int | None = None
     load: float = 0.0
-    """Tokens per second, smoothed."""
+    """Tokens generated per second, smoothed."""
+    prompts: float = 0.0
+    """Tokens of prompts per second, smoothed: they may rise while answers become shorter."""
     slowdown: float = 1.0
     """How much longer a token takes here than in the profile."""
     slowdown_held: float = 1.0
     """The same, but only moved when it is clearly off: the operating point must not follow noise."""
     worst: float = 0.0
     """The latency nearest to its SLO as a share of it, smoothed."""
+    squeeze: float = 0.0
+    """The smallest part of the replicas that the latencies leave room for, smoothed."""
     ready: int = 0
     settled_at: int = 0
     """When the measurements will be about the replicas that there are now."""
@@ -178,11 +185,14 @@ def _learn(goals: Goals, points: tuple[Point, ...], traffic: Traffic, memory: Me
         memory = replace(memory, ready=traffic.ready, settled_at=now + SETTLE_MILLISECONDS)
     settled = now >= memory.settled_at
     load = memory.load + (traffic.tokens_per_second - memory.load) * part
+    prompts = memory.prompts + (traffic.prompt_tokens_per_second - memory.prompts) * part
     if not settled:
         # A replica that went took its count along, and its requests are only beginning elsewhere.
-        load = max(load, memory.load)
+        load, prompts = max(load, memory.load), max(prompts, memory.prompts)
     worst = memory.worst + (_worst(goals, traffic) - memory.worst) * part
-    memory = replace(memory, load=load, worst=worst, idle_since=_idle_since(traffic, memory, now))
+    squeeze = memory.squeeze + (_squeeze(goals, traffic) - memory.squeeze) * part
+    idle_since = _idle_since(traffic, memory, now)
+    memory = replace(memory, load=load, prompts=prompts, worst=worst, squeeze=squeeze, idle_since=idle_since)
     memory = _learn_slowdown(points, traffic, memory, part)
     ceiling = memory.ceiling
     if ceiling is not None:
@@ -220,13 +230,24 @@ def _ceiling(each: float, worst: float, ceiling: float | None) -> float | None:
     return bound if ceiling is None else min(ceiling, bound)
 
 
-def _worst(goals: Goals, traffic: Traffic) -> float:
-    """The latency that is nearest to its SLO, or beyond it, as a share of the SLO; 0 when none is asked."""
-    pairs = (
-        (traffic.inter_token_milliseconds, goals.inter_token_milliseconds),
-        (traffic.first_token_milliseconds, goals.first_token_milliseconds),
+def _shares(goals: Goals, traffic: Traffic) -> tuple[float, float]:
+    """Latencies as shares of their SLOs: first token, and between tokens; 0 where none is asked or measured."""
+    first, inter = goals.first_token_milliseconds, goals.inter_token_milliseconds
+    return (
+        (traffic.first_token_milliseconds or 0.0) / first if first else 0.0,
+        (traffic.inter_token_milliseconds or 0.0) / inter if inter else 0.0,
     )
-    return max((m / g for m, g in pairs if m is not None and g), default=0.0)
+
+
+def _worst(goals: Goals, traffic: Traffic) -> float:
+    """The latency that is nearest to its SLO, or beyond it, as a share of the SLO."""
+    return max(_shares(goals, traffic))
+
+
+def _squeeze(goals: Goals, traffic: Traffic) -> float:
+    """Between tokens it takes longer in proportion to the load; the first token waits in a queue, which grows faster."""
+    first, inter = _shares(goals, traffic)
+    return max(sqrt(first / FIRST_TOKEN_ROOM), inter / INTER_TOKEN_ROOM)
 
 
 def _carries(goals: Goals, point: OperatingPoint | None, traffic: Traffic, memory: Memory) -> float:
@@ -249,38 +270,43 @@ def _remember(memory: Memory, carries: float, now: int, tuning: Tuning) -> Memor
     kept = ceil(memory.load / (carries * FILL_DOWN) - 1e-9)
     last = memory.buckets[-1] if memory.buckets else None
     earlier = memory.buckets
-    load, worst = memory.load, memory.worst
+    load, prompts, squeeze = memory.load, memory.prompts, memory.squeeze
     if last is not None and last.at_milliseconds == start:
         earlier = memory.buckets[:-1]
-        kept, load, worst = max(kept, last.kept), max(load, last.tokens_per_second), max(worst, last.worst)
+        kept, load = max(kept, last.kept), max(load, last.tokens_per_second)
+        prompts, squeeze = max(prompts, last.prompt_tokens_per_second), max(squeeze, last.squeeze)
     oldest = now - tuning.window_milliseconds
     recent = tuple(b for b in earlier if b.at_milliseconds + BUCKET_MILLISECONDS > oldest)
-    return replace(memory, buckets=(*recent, Bucket(start, kept, load, worst)))
+    return replace(memory, buckets=(*recent, Bucket(start, kept, load, prompts, squeeze)))
 
 
 def _idle_for(memory: Memory, now: int) -> int:
     return 0 if memory.idle_since is None else now - memory.idle_since
 
 
-def _ahead(memory: Memory, tuning: Tuning) -> float:
-    """The load when a replica that is asked for now will serve: a steady rise goes on, a fall does not count.
+def _growth(memory: Memory, tuning: Tuning) -> float:
+    """By how much more will be asked when a replica that is started now serves: a steady rise goes on, a fall does not.
 
     The rise is taken between the means of the older and the newer half of the window, so that noise is not a trend.
     """
     half = len(memory.buckets) // 2
     if half < 3:
-        return memory.load
+        return 1.0
     older, newer = memory.buckets[:half], memory.buckets[-half:]
-    rise = (sum(b.tokens_per_second for b in newer) - sum(b.tokens_per_second for b in older)) / half
     apart = newer[0].at_milliseconds - older[0].at_milliseconds
-    if rise <= 0.05 * memory.load or apart <= 0:
-        return memory.load
-    return min(memory.load + rise * tuning.startup_milliseconds / apart, 1.5 * memory.load)
+    growth = 1.0
+    for then, now in (
+        (sum(b.tokens_per_second for b in older), sum(b.tokens_per_second for b in newer)),
+        (sum(b.prompt_tokens_per_second for b in older), sum(b.prompt_tokens_per_second for b in newer)),
+    ):
+        rise = now / then - 1 if then > 0 else 0.0
+        if rise > TREND:
+            growth = max(growth, 1 + rise * tuning.startup_milliseconds / apart)
+    return min(growth, 1.5)
 
 
-def _for_latency(memory: Memory, traffic: Traffic, ahead: float, now: int) -> int:
+def _for_latency(memory: Memory, traffic: Traffic, growth: float, now: int) -> int:
     """What keeps the latencies off the SLO when the load goes on as it does; 0 when they leave room enough."""
-    growth = ahead / memory.load if memory.load > 0 else 1.0
     expected = memory.worst * growth**2
     if traffic.pending or now < memory.settled_at or expected <= NEAR_SLO:
         return 0
@@ -292,15 +318,10 @@ def _kept(memory: Memory, desired: int, now: int, tuning: Tuning) -> int:
     watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
     if not watched or now - memory.taken_at < PACE_MILLISECONDS or memory.ready != desired:
         return desired
-    keep = max(*(b.kept for b in memory.buckets), desired - max(1, int(STEP_DOWN * desired)))
-    settled = [
-        b.worst for b in memory.buckets if b.at_milliseconds >= memory.settled_at - SETTLE_MILLISECONDS // 2
-    ]
-    worst = max(settled, default=memory.worst)
-    # Latencies rise faster than the load: like its square near the point where replicas no longer keep up.
-    while keep < desired and worst * (desired / keep) ** 2 > LATENCY_ROOM:
-        keep += 1
-    return keep
+    settled = memory.settled_at - SETTLE_MILLISECONDS // 2
+    squeeze = max((b.squeeze for b in memory.buckets if b.at_milliseconds >= settled), default=memory.squeeze)
+    step = desired - max(1, int(STEP_DOWN * desired))
+    return min(desired, max(*(b.kept for b in memory.buckets), step, ceil(desired * squeeze)))
 
 
 def _settle(
@@ -313,8 +334,10 @@ def _settle(
     tuning: Tuning,
 ) -> Decision:
     carries, point = carried.tokens_per_second, carried.point
-    ahead = _ahead(memory, tuning)
-    up = max(ceil(ahead / (carries * FILL_UP) - 1e-9), _for_latency(memory, traffic, ahead, now))
+    growth = _growth(memory, tuning)
+    up = max(
+        ceil(memory.load * growth / (carries * FILL_UP) - 1e-9), _for_latency(memory, traffic, growth, now)
+    )
     if point is not None and not traffic.pending:
         # Requests pile up when replicas no longer keep up; while more are starting that says nothing new.
         up = max(up, ceil(traffic.in_flight / (point.concurrency * FILL_UP) - 1e-9))

@@ -14,6 +14,8 @@ class ReplicaMeter:
     """95th percentile; None while nothing was measured."""
     inter_token_milliseconds: float | None = None
     tokens_per_second: float = 0.0
+    """Generated."""
+    prompt_tokens_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class Traffic:
     @property
     def tokens_per_second(self) -> float:
         return sum(m.tokens_per_second for m in self.meters) * self._scale
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return sum(m.prompt_tokens_per_second for m in self.meters) * self._scale
 
     @property
     def concurrency(self) -> float:
