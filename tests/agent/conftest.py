@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 
 import pynvml
 import pytest
@@ -36,6 +37,14 @@ def make_node(tmp_path, nvml_library, monkeypatch):
     yield make
     for node in nodes:
         node.mend()
+    until = time.monotonic() + 10
+    while any(node.hanging for node in nodes):
+        assert time.monotonic() < until, "a call still hangs after its fault was mended"
+        time.sleep(0.002)
+    with contextlib.suppress(pynvml.NVMLError):
+        while True:  # a test that left NVML open must not pass its node on to the next one
+            pynvml.nvmlShutdown()
+    for node in nodes:
         node.close()
 
 
@@ -55,6 +64,3 @@ async def open_driver(make_node):
     for node, driver in opened:
         node.mend()
         await driver.close()
-    with contextlib.suppress(pynvml.NVMLError):
-        while True:  # a test that left NVML open must not pass its node on to the next one
-            pynvml.nvmlShutdown()

@@ -10,8 +10,7 @@ import sys
 import pynvml
 import pytest
 
-from tokenfactory.twin import nvml as twin
-from tokenfactory.twin.nvml import PRODUCTS, SimulatedNode, product_named
+from tokenfactory.twin.nvml import PRODUCTS, SimulatedNode, build_library, product_named
 
 
 @pytest.fixture
@@ -340,14 +339,24 @@ def test_a_field_that_is_not_in_the_header_is_refused(make_node):
 
 
 def test_the_library_is_built_once_and_says_why_it_cannot(tmp_path, monkeypatch):
-    built = twin.build_library(tmp_path)
+    built = build_library(tmp_path)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert twin.build_library(tmp_path) == built
+    assert build_library(tmp_path) == built
     with pytest.raises(RuntimeError, match="there is no 'no-such-compiler': install one or set CC"):
-        twin.build_library(tmp_path / "other")
+        build_library(tmp_path / "other")
     monkeypatch.setenv("CC", "false")
     with pytest.raises(RuntimeError, match="does not compile with false"):
-        twin.build_library(tmp_path / "other")
+        build_library(tmp_path / "other")
+
+
+def test_a_node_made_anew_in_the_same_folder_is_the_one_that_is_seen(make_node, handles, tmp_path):
+    node = make_node("H100", 2)
+    pynvml.nvmlInit()
+    pynvml.nvmlShutdown()
+    again = SimulatedNode.create(node.folder, "H200", 1)
+    (handle,) = handles(again)
+    assert pynvml.nvmlDeviceGetName(handle) == "NVIDIA H200"
+    again.close()
 
 
 def test_faults_are_counted_out_and_mended(make_node, handles):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,7 @@ class PynvmlDriver:
         self._handles: dict[str, tuple[int, Any]] = {}
         self._gpus: dict[str, Gpu] = {}
         self._event_set: Any = None
+        self._heard: deque[Event] = deque()
         self._unwatched: set[str] = set()
         self._is_open = asyncio.Event()
         self._opening = asyncio.Lock()
@@ -274,7 +276,7 @@ class PynvmlDriver:
             if self._closed:
                 return
             try:
-                event = await self._events.run(self._wait_for_event, deadline)
+                await self._events.run(self._wait_for_event, deadline)
             except calls.FailureError as error:
                 yield error.failure
                 if error.failure.kind is FailureKind.DRIVER_GONE:
@@ -285,9 +287,8 @@ class PynvmlDriver:
                 yield Failure(FailureKind.TIMEOUT, "nvmlEventSetWait", text="the event stream hangs")
             except StuckError:
                 await asyncio.sleep(EVENT_WAIT_SECONDS)
-            else:
-                if event is not None:
-                    yield event
+            while self._heard:
+                yield self._heard.popleft()
 
     def _watch(self) -> Any:
         events = pynvml.nvmlEventSetCreate()
@@ -303,19 +304,20 @@ class PynvmlDriver:
                 raise calls.FailureError(calls.failure("nvmlDeviceRegisterEvents", uuid, error)) from None
         return events
 
-    def _wait_for_event(self) -> Event | None:
+    def _wait_for_event(self) -> None:
+        """Into `_heard`, not as a result: what a late wait brings must not be lost with it."""
         try:
             if self._event_set is None:
                 self._event_set = self._watch()
             data = pynvml.nvmlEventSetWait_v2(self._event_set, int(EVENT_WAIT_SECONDS * 1000))
         except pynvml.NVMLError as error:
             if error.value == pynvml.NVML_ERROR_TIMEOUT:
-                return None
+                return
             failed = calls.failure("nvmlEventSetWait", "", error)
             if failed.kind is FailureKind.LOST:
                 self._drop_lost()
             raise calls.FailureError(failed) from None
-        return self._event(data)
+        self._heard.append(self._event(data))
 
     def _drop_lost(self) -> None:
         """One lost GPU makes the wait fail for all of them: go on without it, at once, to miss little."""
@@ -329,7 +331,7 @@ class PynvmlDriver:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlEventSetFree(old)
 
-    def _event(self, data: Any) -> Event | None:
+    def _event(self, data: Any) -> Event:
         gpu = self._uuid_of(data.device)
         if data.eventType == XID_EVENTS:
             return Xid(

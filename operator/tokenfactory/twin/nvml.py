@@ -1,200 +1,41 @@
-"""A node of simulated GPUs behind real NVML calls: builds the C library, owns a node's state file, drives it.
+"""A node of simulated GPUs behind real NVML calls: owns the node's state file, says what each GPU draws, breaks things,
+and reads the truth.
 
-The library (`tests/agent/nvml/`, in a wheel `tokenfactory/twin/_nvml/`) answers whatever process loads it as
-`libnvidia-ml.so.1`; this module is the other side: it says what each GPU draws, breaks things, and reads the
-truth. Both map one file per node. For hundreds of nodes in one process there is the hollow fleet instead.
+The library (`nvml_library`) answers whatever process loads it as `libnvidia-ml.so.1`; this is the other side of the
+same file. For hundreds of nodes in one process there is the hollow fleet instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import hashlib
 import mmap
 import os
-import re
-import subprocess
-import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STATE_VARIABLE = "TOKENFACTORY_NVML_STATE"
-LIBRARY_NAME = "libnvidia-ml.so.1"
-SOURCES = ("sim.h", "functions.h", "sim.c", "nvml.c")
-COMPILER_FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", f"-Wl,-soname,{LIBRARY_NAME}")
-
-
-# ---- the library ----
-
-
-def source_folder() -> Path:
-    """Beside this module in a wheel, under tests/ in a checkout."""
-    here = Path(__file__).resolve()
-    for folder in (here.parent / "_nvml", here.parents[3] / "tests" / "agent" / "nvml"):
-        if (folder / "nvml.c").exists():
-            return folder
-    raise FileNotFoundError(
-        "the simulated NVML library's source (nvml.c) is neither beside this module nor in tests/agent/nvml: "
-        "install Token Factory from its wheel, or run it from a checkout"
-    )
-
-
-def build_library(cache: Path | None = None) -> Path:
-    """Compile once per version of the source; the folder of the result is what LD_LIBRARY_PATH needs."""
-    source = source_folder()
-    digest = hashlib.sha256(b"".join((source / name).read_bytes() for name in SOURCES)).hexdigest()[:12]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = (cache or home / "tokenfactory") / f"nvml-{digest}" / LIBRARY_NAME
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / LIBRARY_NAME
-        command = [os.environ.get("CC", "cc"), *COMPILER_FLAGS, "-o", str(built)]
-        command += [str(source / name) for name in SOURCES if name.endswith(".c")] + ["-lm", "-lpthread"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise RuntimeError(
-                f"simulated GPUs need a C compiler, and there is no {command[0]!r}: install one or set CC"
-            ) from None
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(
-                f"the simulated NVML library does not compile with {command[0]}:\n{error.stderr}"
-            ) from None
-        built.replace(target)  # whole or not at all, whoever else builds it now
-    return target
-
-
-# ---- the layout of the state, read from its header ----
-
-SCALARS: Mapping[str, Any] = {
-    "char": ctypes.c_char,
-    "uint8_t": ctypes.c_uint8,
-    "uint32_t": ctypes.c_uint32,
-    "int32_t": ctypes.c_int32,
-    "uint64_t": ctypes.c_uint64,
-    "int64_t": ctypes.c_int64,
-    "double": ctypes.c_double,
-}
-
-
-@functools.cache
-def layout() -> tuple[Mapping[str, Any], Mapping[str, int]]:
-    """The header's structs as ctypes, and its numbers: one description for both languages."""
-    header = (source_folder() / "sim.h").read_text()
-    numbers = {
-        name: int(value, 0) for name, value in re.findall(r"#define (SIM_\w+) (0x[0-9a-f]+|\d+)\b", header)
-    }
-    structs: dict[str, Any] = {}
-    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header, re.MULTILINE | re.DOTALL):
-        fields = []
-        for type_name, field, count in re.findall(
-            r"^    (?:struct )?(\w+) (\w+)(?:\[(\w+)\])?;", body, re.MULTILINE
-        ):
-            kind = structs.get(type_name) or SCALARS[type_name]
-            fields.append(
-                (field, kind * (numbers[count] if count in numbers else int(count)) if count else kind)
-            )
-        structs[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
-    return structs, numbers
-
-
-@functools.cache
-def _library(path: Path) -> Any:
-    library = ctypes.CDLL(str(path))
-    library.sim_open.restype = ctypes.c_void_p
-    library.sim_open.argtypes = [ctypes.c_char_p]
-    for name in ("sim_close", "sim_lock", "sim_commit", "sim_unlock"):
-        getattr(library, name).argtypes = [ctypes.c_void_p]
-        getattr(library, name).restype = None
-    library.sim_now.restype = ctypes.c_int64
-    library.sim_enforced_mw.restype = ctypes.c_uint32
-    library.sim_function_name.restype = ctypes.c_char_p
-    library.sim_state_size.restype = ctypes.c_uint64
-    for name in ("sim_power_watts", "sim_energy_joules", "sim_celsius", "sim_average_watts"):
-        getattr(library, name).restype = ctypes.c_double
-    return library
-
-
-@functools.cache
-def function_numbers(path: Path) -> Mapping[str, int]:
-    library = _library(path)
-    numbers: dict[str, int] = {}
-    while name := library.sim_function_name(len(numbers)):
-        numbers[name.decode()] = len(numbers)
-    return numbers
-
-
-# ---- what kinds of GPU there are ----
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A GPU product as NVML shows it; watts are the board's, draws and clocks are typical."""
-
-    name: str
-    architecture: int
-    compute: tuple[int, int]
-    pci_device_id: int
-    memory_mib: int
-    min_watts: int
-    default_watts: int
-    max_watts: int
-    idle_watts: int
-    max_sm_mhz: int
-    max_memory_mhz: int
-    links: int = 0
-    link_version: int = 0
-    mig: bool = True
-    fabric: bool = False
-    gpus_per_module: int = 0
-    module_watts: tuple[int, int, int] = (0, 0, 0)
-    """Least, default and most for a Grace module."""
-    module_other_watts: int = 0
-    """What the module's CPU and memory draw."""
-    profiles: tuple[int, ...] = ()
-
-
-BLACKWELL_PROFILES = (0, 1, 2, 3, 4, 5, 6, 7)
-H100 = Product(
-    "NVIDIA H100 80GB HBM3", 9, (9, 0), 0x233010DE, 81559, 200, 700, 700, 70, 1980, 2619, 18, 4, fabric=True
+from tokenfactory.twin.gpu_products import H100, PRODUCTS, Product, product_named
+from tokenfactory.twin.nvml_library import (
+    STATE_VARIABLE,
+    assign,
+    build_library,
+    function_numbers,
+    layout,
+    loaded,
 )
-H200 = replace(
-    H100, name="NVIDIA H200", pci_device_id=0x233510DE, memory_mib=143771, idle_watts=76, max_memory_mhz=3201
-)
-B200 = Product(
-    "NVIDIA B200", 10, (10, 0), 0x290110DE, 183359, 200, 1000, 1000, 140, 1965, 3996, 18, 5,
-    fabric=True, profiles=BLACKWELL_PROFILES,
-)  # fmt: skip
-GB200 = replace(
-    B200, name="NVIDIA GB200", pci_device_id=0x294110DE, memory_mib=189471, default_watts=1200, max_watts=1200,
-    gpus_per_module=2, module_watts=(600, 2700, 2700), module_other_watts=150,
-)  # fmt: skip
-GH200 = replace(
-    H100, name="NVIDIA GH200 480GB", pci_device_id=0x234210DE, memory_mib=97871, min_watts=100, default_watts=900,
-    max_watts=900, fabric=False, gpus_per_module=1, module_watts=(300, 1000, 1000), module_other_watts=120,
-)  # fmt: skip
-A100 = Product("NVIDIA A100-SXM4-80GB", 8, (8, 0), 0x20B210DE, 81920, 100, 400, 400, 55, 1410, 1593, 12, 3)
-L40S = Product("NVIDIA L40S", 8, (8, 9), 0x26B910DE, 46068, 100, 350, 350, 35, 2520, 9001, mig=False)
-PRODUCTS: Mapping[str, Product] = {
-    product.name: product for product in (H100, H200, B200, GB200, GH200, A100, L40S)
-}
 
-
-def product_named(name: str) -> Product:
-    """By its NVML name, by the node label's form of it, or by its short name: H100, GB200."""
-    for product in PRODUCTS.values():
-        if name in (product.name, product.name.replace(" ", "-"), product.name.split()[1].split("-")[0]):
-            return product
-    raise ValueError(f"no simulated GPU product {name!r}; there are: {', '.join(PRODUCTS)}")
-
-
-# ---- one node ----
+__all__ = [
+    "PRODUCTS",
+    "STATE_VARIABLE",
+    "Product",
+    "SimulatedGpu",
+    "SimulatedNode",
+    "build_library",
+    "function_numbers",
+    "product_named",
+]
 
 
 class SimulatedGpu:
@@ -208,7 +49,7 @@ class SimulatedGpu:
         """Write fields of `struct sim_gpu` as they are named in sim.h."""
         with self._node.change() as state:
             for name, value in fields.items():
-                _assign(state.gpus[self.index], name, value)
+                assign(state.gpus[self.index], name, value)
 
     def get(self, field: str) -> Any:
         with self._node.look() as state:
@@ -286,17 +127,6 @@ class SimulatedGpu:
         return uuids
 
 
-def _assign(struct: Any, name: str, value: Any) -> None:
-    if not hasattr(struct, name):
-        raise AttributeError(f"sim.h has no field {name!r} in {type(struct).__name__}")
-    if isinstance(value, (list, tuple)):
-        array = getattr(struct, name)
-        for place, item in enumerate(value):
-            array[place] = item
-    else:
-        setattr(struct, name, value.encode() if isinstance(value, str) else value)
-
-
 class SimulatedNode:
     """One node's GPUs in a state file. Any number of processes may hold the same node."""
 
@@ -305,7 +135,7 @@ class SimulatedNode:
         self.library = library or build_library()
         self.state_file = folder / "state"
         self.boot_id_file = folder / "boot_id"
-        self._c = _library(self.library)
+        self._c = loaded(self.library)
         structs, _ = layout()
         if self._c.sim_state_size() != ctypes.sizeof(structs["sim_state"]):
             raise RuntimeError("the library was built from another sim.h than this one: build it again")
@@ -551,4 +381,4 @@ def _furnish(gpu: Any, product: Product, index: int, seed: str) -> None:
         "host": 1,
     }
     for name, value in values.items():
-        _assign(gpu, name, value)
+        assign(gpu, name, value)

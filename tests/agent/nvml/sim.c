@@ -31,6 +31,8 @@ struct sim_node {
     struct sim_state *state;
     pthread_mutex_t mutex;   /* flock does not part the threads of one process */
     int fd;
+    dev_t device;
+    ino_t inode;
 };
 
 uint64_t sim_state_size(void) { return sizeof(struct sim_state); }
@@ -59,11 +61,19 @@ struct sim_node *sim_open(const char *path)
     }
     node->state = state;
     node->fd = fd;
+    node->device = st.st_dev;
+    node->inode = st.st_ino;
     pthread_mutex_init(&node->mutex, NULL);
     return node;
 fail:
     close(fd);
     return NULL;
+}
+
+int sim_is(const struct sim_node *node, const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == node->device && st.st_ino == node->inode;
 }
 
 void sim_close(struct sim_node *node)

@@ -195,6 +195,8 @@ struct sim_state {
 /* A mapped state. Every reader and writer, in any process, holds its lock. */
 struct sim_node;
 
+#pragma GCC visibility push(default)   /* the driver calls these; the rest of the library is its own business */
+
 struct sim_node *sim_open(const char *path);
 void sim_close(struct sim_node *node);
 struct sim_state *sim_lock(struct sim_node *node);   /* brings the physics up to now */
@@ -212,5 +214,10 @@ double sim_average_watts(const struct sim_gpu *gpu, int64_t now);
 double sim_celsius(const struct sim_gpu *gpu, int64_t now);
 double sim_clock_share(const struct sim_gpu *gpu);
 void sim_reset_gpu(struct sim_state *state, struct sim_gpu *gpu);
+
+#pragma GCC visibility pop
+
+/* Whether this node is (still) what the path names. */
+int sim_is(const struct sim_node *node, const char *path);
 
 #endif
