@@ -16,7 +16,7 @@ from tokenfactory.api.names import heartbeat_name
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.objects import Lease
 from tokenfactory.twin.agent_node import AgentNode, SheetDesk
-from tokenfactory.twin.faultproxy import FaultProxy
+from tokenfactory.twin.faultproxy import Answer, FaultProxy, writes
 
 pytestmark = pytest.mark.cluster
 
@@ -25,7 +25,9 @@ PRODUCT = "NVIDIA H100 80GB HBM3"
 IDLE = f"idle@{PRODUCT}"
 CHAT = f"inference/chat/llama@{PRODUCT}"
 NAMESPACE = "tokenfactory-system"
-LOWEST, DEFAULT = 200_000, 700_000
+DEFAULT = 700_000
+SETTING = "nvmlDeviceSetPowerManagementLimit"
+INSUFFICIENT_PERMISSIONS = 4
 _numbers = itertools.count(1)
 
 
@@ -225,14 +227,47 @@ async def test_killed_and_restarted_without_an_api_server_it_never_raises(world)
     await world.acknowledged()
 
 
-@pytest.mark.parametrize("milliseconds", [0, 3, 8, 20, 60])
-async def test_killed_at_any_step_of_a_cut_the_next_process_ends_in_the_same_place(world, milliseconds):
+def freeze(world, step: str) -> int:
+    """Holds the agent up in one step of a cut; returns how many GPUs have the new limit then."""
+    fail = world.node.hardware.fail
+    if step == "nothing is set yet":
+        for gpu in range(8):
+            fail(SETTING, gpu, hang=True)
+        return 0
+    if step == "half of them are set":
+        for gpu in range(4, 8):
+            fail(SETTING, gpu, hang=True)
+        return 4
+    if step == "set, but not read back":
+        fail("nvmlDeviceGetEnforcedPowerLimit", hang=True)
+    if step == "read back, but not reported":
+        world.proxy.inject(Answer(writes, times=10_000, code=503))
+    return 8
+
+
+STEPS = (
+    "nothing is set yet",
+    "half of them are set",
+    "set, but not read back",
+    "read back, but not reported",
+)
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_at_every_step_of_a_cut_the_next_process_ends_in_the_same_place(world, step):
     world.node.give("inference", "chat-0", *range(8))
     await world.begin(grant())
+    await world.enforced(*[600_000] * 8)
+    done = freeze(world, step)
     await world.sheets(300_000)
-    await asyncio.sleep(milliseconds / 1000)
+    await until(lambda: world.node.enforced_milliwatts().count(300_000) == done)
+    if done == 0:
+        await until(lambda: world.node.hardware.hanging == 8)
     await world.node.kill()
+    assert await world.applied() < world.epoch
     assert max(world.node.enforced_milliwatts()) <= 600_000
+    world.node.hardware.mend()
+    world.proxy.heal()
     world.start()
     await world.obeying()
     await world.acknowledged()
@@ -315,10 +350,6 @@ async def test_without_a_gpunode_it_waits_and_touches_nothing(world, cluster):
     assert world.node.enforced_milliwatts() == [DEFAULT] * 8
     assert world.node.process.poll() is None
     assert world.node.name not in cluster.kubectl("get", GPUNode.PLURAL, "-o", "name").stdout
-
-
-SETTING = "nvmlDeviceSetPowerManagementLimit"
-INSUFFICIENT_PERMISSIONS, NOT_SUPPORTED = 4, 3
 
 
 async def test_a_call_that_hangs_holds_up_its_own_gpu_and_nothing_else(world):
