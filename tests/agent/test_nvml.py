@@ -659,9 +659,11 @@ async def test_a_hanging_stream_says_so_and_recovers(make_node, open_driver, str
     await until(lambda: seen)
     assert seen[0].kind is FailureKind.TIMEOUT
     assert (await driver.set_limit(uuids(node)[0], 300_000)).obeys(300_000), "GPUs are on other lanes"
-    node.mend()
     node.gpus[0].xid(13)
+    node.mend()  # the late wait comes back with it
     await until(lambda: Xid(uuids(node)[0], 13) in seen)
+    node.gpus[0].xid(31)
+    await until(lambda: seen[-1] == Xid(uuids(node)[0], 31))
 
 
 async def test_a_gpu_that_cannot_report_events_does_not_silence_the_rest(make_node, open_driver, stream):

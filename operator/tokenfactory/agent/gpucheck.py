@@ -23,7 +23,7 @@ import pynvml
 
 from tokenfactory.agent.lanes import Lane, OverdueError, StuckError
 from tokenfactory.agent.nvml import Driver, Failure, Nvml, Scope
-from tokenfactory.agent.nvml_calls import VALUE_TYPES
+from tokenfactory.agent.nvml_probe import VALUE_TYPES
 from tokenfactory.agent.nvml_pynvml import BOOT_ID, PynvmlDriver
 
 DEADLINE_SECONDS = 10.0

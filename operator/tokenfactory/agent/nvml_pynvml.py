@@ -35,6 +35,7 @@ from tokenfactory.agent.nvml import (
     Wear,
     Xid,
 )
+from tokenfactory.agent.nvml_probe import FailureError, failure
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ class PynvmlDriver:
         except (OverdueError, StuckError):
             text = "has not come back; restart the agent"
             return Failure(FailureKind.TIMEOUT, "nvmlInit", text=text, restart_helps=True)
-        except calls.FailureError as error:
+        except FailureError as error:
             return error.failure
         found = await asyncio.gather(*(self._discover(index) for index in range(count)))
         self._handles = {gpu.uuid: (gpu.index, handle) for handle, gpu in found if isinstance(gpu, Gpu)}
@@ -156,7 +157,7 @@ class PynvmlDriver:
             call = "nvmlDeviceGetCount"
             return version, nvml_version, pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            raise calls.FailureError(calls.failure(call, "", error)) from None
+            raise FailureError(failure(call, "", error)) from None
 
     async def _discover(self, index: int) -> tuple[Any, Gpu | Failure]:
         lane = self._lanes.setdefault(index, _GpuLanes(index)).sensors
@@ -165,8 +166,8 @@ class PynvmlDriver:
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             except pynvml.NVMLError as error:
-                failed = calls.failure("nvmlDeviceGetHandleByIndex", str(index), error)
-                raise calls.FailureError(failed) from None
+                failed = failure("nvmlDeviceGetHandleByIndex", str(index), error)
+                raise FailureError(failed) from None
             return handle, calls.describe(handle, index)
 
         found = await self._on(
@@ -192,7 +193,7 @@ class PynvmlDriver:
     ) -> T | Failure:
         try:
             return await lane.run(function, deadline_seconds)
-        except calls.FailureError as error:
+        except FailureError as error:
             return error.failure
         except OverdueError:
             return Failure(FailureKind.TIMEOUT, call, gpu, text=f"no answer in {deadline_seconds:g} s")
@@ -277,7 +278,7 @@ class PynvmlDriver:
                 return
             try:
                 await self._events.run(self._wait_for_event, deadline)
-            except calls.FailureError as error:
+            except FailureError as error:
                 yield error.failure
                 if error.failure.kind is FailureKind.DRIVER_GONE:
                     self._is_open.clear()  # until open() is called again
@@ -301,7 +302,7 @@ class PynvmlDriver:
             except pynvml.NVMLError as error:
                 self._unwatched.add(uuid)
                 pynvml.nvmlEventSetFree(events)
-                raise calls.FailureError(calls.failure("nvmlDeviceRegisterEvents", uuid, error)) from None
+                raise FailureError(failure("nvmlDeviceRegisterEvents", uuid, error)) from None
         return events
 
     def _wait_for_event(self) -> None:
@@ -313,10 +314,10 @@ class PynvmlDriver:
         except pynvml.NVMLError as error:
             if error.value == pynvml.NVML_ERROR_TIMEOUT:
                 return
-            failed = calls.failure("nvmlEventSetWait", "", error)
+            failed = failure("nvmlEventSetWait", "", error)
             if failed.kind is FailureKind.LOST:
                 self._drop_lost()
-            raise calls.FailureError(failed) from None
+            raise FailureError(failed) from None
         self._heard.append(self._event(data))
 
     def _drop_lost(self) -> None:
