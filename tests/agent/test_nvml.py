@@ -140,6 +140,14 @@ async def test_wear_tells_memory_links_and_recovery(make_node, open_driver):
     assert not wear.fabric.healthy
 
 
+async def test_links_that_do_not_count_errors_are_asked_once(make_node, open_driver):
+    node = make_node("B200", 1)
+    node.fail("nvmlDeviceGetNvLinkErrorCounter", error=3)
+    wear = await (await open_driver(node)).wear(uuids(node)[0])
+    assert (wear.nvlinks_up, wear.nvlink_errors) == (18, None)
+    assert node.calls("nvmlDeviceGetNvLinkErrorCounter") == 1
+
+
 async def test_a_recovery_action_from_the_future_is_taken_for_a_reboot(make_node, open_driver):
     node = make_node("H100", 1)
     node.gpus[0].set(recovery_action=42)

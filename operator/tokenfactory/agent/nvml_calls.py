@@ -313,9 +313,13 @@ def _recovery(action: int) -> Recovery:
 
 
 def _nvlink_errors(probe: Probe, total: int) -> int | None:
-    counts = [probe("nvmlDeviceGetNvLinkErrorCounter", link, 0) for link in range(total)]
-    told = [count for count in counts if count is not None]
-    return sum(told) if told else None
+    errors = 0
+    for link in range(total):
+        count = probe("nvmlDeviceGetNvLinkErrorCounter", link, 0)
+        if count is None:
+            return None  # one link that does not tell makes the sum meaningless; do not ask the other 17
+        errors += count
+    return errors
 
 
 # ---- further actuators ----
