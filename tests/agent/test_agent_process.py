@@ -519,3 +519,49 @@ async def test_killed_again_and_again_while_sheets_change_the_last_sheet_holds(w
         assert max(world.node.enforced_milliwatts()) <= 600_000
     await world.renewed_until(300_000)
     await world.acknowledged()
+
+
+async def test_under_the_charts_own_rights_it_can_do_all_that_it_does(own_cluster, tmp_path, nvml_library):
+    from tests.chart.helm import Helm
+
+    from tokenfactory.twin.toolchain import ensure_helm
+
+    own_cluster.kubectl("create", "namespace", NAMESPACE)
+    own_cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
+    own_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    chart = Helm(await asyncio.to_thread(ensure_helm)).template("agent.enabled=true")
+    wanted = [
+        text
+        for text in chart.split("\n---\n")
+        if "kind: DaemonSet" not in text and "kind: Deployment" not in text
+    ]
+    own_cluster.kubectl("apply", "--server-side", "-f", "-", input="\n---\n".join(wanted))
+    node = AgentNode("agent-rights", tmp_path)
+    await node.open()
+    try:
+        async with await Client.connect(own_cluster.kubeconfig) as client:
+            desk = SheetDesk(client, "rights")
+            await desk.grant(node.name, ("rights",), grant())
+            await desk.publish("rights", 1, {IDLE: (250_000, 250_000)})
+            account = own_cluster.kubeconfig_for_service_account(
+                NAMESPACE, "tokenfactory-agent", node_name=node.name
+            )
+            node.start(account)
+
+            async def obeying() -> bool:
+                await desk.renew()
+                status = (await desk.node(node.name)).status
+                return status.mode == "Obeying" and status.capped
+
+            await until(obeying)
+            assert node.enforced_milliwatts() == [250_000] * 8
+
+            async def beaten() -> bool:
+                with contextlib.suppress(Exception):
+                    return bool(await client.get(Lease, (NAMESPACE, heartbeat_name(node.name))))
+                return False
+
+            await until(beaten)
+            assert "403" not in node.log.read_text()
+    finally:
+        await node.close()

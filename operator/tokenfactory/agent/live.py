@@ -33,7 +33,13 @@ class LiveNode:
         return self.cache.get(self._name) if self.cache.is_synced else None
 
     def subscribe(self, changed: Callable[[], None]) -> None:
-        self.cache.on_change(lambda _: changed())
+        def told(change: Change[GPUNode]) -> None:
+            old, new = change.old, change.new
+            # Our own status coming back tells us nothing.
+            if old is None or new is None or new.spec != old.spec or new.metadata.uid != old.metadata.uid:
+                changed()
+
+        self.cache.on_change(told)
 
 
 class LiveSheets:

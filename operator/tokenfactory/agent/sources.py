@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet, CapSheetSpec
+from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.governor import Sheet
 
 Listener = Callable[[], None]
@@ -59,3 +60,82 @@ class SheetBook:
 
 def _obeyed(spec: CapSheetSpec) -> tuple[object, ...]:
     return spec.epoch, spec.domain, spec.hold_milliseconds, spec.caps
+
+
+class SharedSheets:
+    """One agent's view of a book that many agents share; told only of the trees that it follows."""
+
+    def __init__(self, book: SheetBook, is_synced: Callable[[], bool]) -> None:
+        self._book = book
+        self._is_synced = is_synced
+        self._trees: frozenset[str] = frozenset()
+        self._changed: Listener = lambda: None
+
+    @property
+    def sheets(self) -> Mapping[str, Sheet]:
+        return self._book.sheets
+
+    @property
+    def renewals(self) -> Mapping[str, int]:
+        return self._book.renewals
+
+    def subscribe(self, changed: Listener) -> None:
+        self._changed = changed
+
+    def follow(self, trees: frozenset[str]) -> None:
+        for tree in self._trees - trees:
+            self._book.unlisten(tree, self._tell)
+        for tree in trees - self._trees:
+            self._book.listen(tree, self._tell)
+        self._trees = trees
+
+    def _tell(self) -> None:
+        self._changed()
+
+    def ready(self, _trees: frozenset[str]) -> bool:
+        """The shared watch is of all trees."""
+        return self._is_synced()
+
+
+class SharedNodes:
+    """All GPUNodes of one watch, each told to its own agent."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, GPUNode] = {}
+        self._listeners: dict[str, Listener] = {}
+
+    def take(self, old: GPUNode | None, new: GPUNode | None) -> None:
+        seen = new or old
+        if seen is None:
+            return
+        name = seen.metadata.name
+        if new is None:
+            self._nodes.pop(name, None)
+        else:
+            self._nodes[name] = new
+        # An agent's own status coming back tells it nothing; with hundreds of them that is most of all changes.
+        if new is None or old is None or new.spec != old.spec or new.metadata.uid != old.metadata.uid:
+            self._listeners.get(name, lambda: None)()
+
+    def of(self, name: str) -> SharedNode:
+        return SharedNode(self, name)
+
+    def get(self, name: str) -> GPUNode | None:
+        return self._nodes.get(name)
+
+    def listen(self, name: str, listener: Listener) -> None:
+        self._listeners[name] = listener
+
+
+class SharedNode:
+    """One agent's own node out of the shared watch."""
+
+    def __init__(self, nodes: SharedNodes, name: str) -> None:
+        self._nodes = nodes
+        self._name = name
+
+    def node(self) -> GPUNode | None:
+        return self._nodes.get(self._name)
+
+    def subscribe(self, changed: Listener) -> None:
+        self._nodes.listen(self._name, changed)
