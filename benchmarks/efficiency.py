@@ -84,6 +84,9 @@ class QueueLength:
         ratio = (sum(r.in_flight for r in ready) + len(fleet.door)) / len(ready) / self.target
         wanted = active if abs(ratio - 1) <= 0.1 else ceil(len(ready) * ratio)
         wanted = max(1, min(fleet.most, wanted))
+        if not self.wanted:
+            # What runs when the autoscaler begins counts as its first recommendation, as in Kubernetes.
+            self.wanted.append((now, active))
         self.wanted.append((now, wanted))
         while self.wanted[0][0] < now - 300:
             self.wanted.popleft()

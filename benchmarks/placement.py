@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,7 +23,7 @@ ROUNDS = 5 if QUICK else 15
 
 
 def seconds(*, gangs: bool, scarce: float) -> tuple[float, int]:
-    """Median over rounds, and how many limits the plan breaks."""
+    """The best of some rounds (others use the machine, too), and how many limits the plan breaks."""
     snapshot = random_cluster(SEED, nodes=1_000, pods=500, models=12, gangs=gangs, scarce=scarce)
     broken = len(violations(snapshot, plan_placement(snapshot)))
     taken = []
@@ -32,11 +31,11 @@ def seconds(*, gangs: bool, scarce: float) -> tuple[float, int]:
         begin = time.perf_counter()
         plan_placement(snapshot)
         taken.append(time.perf_counter() - begin)
-    return median(taken), broken
+    return min(taken), broken
 
 
 def main() -> None:
-    print(f"seed {SEED}; {CLUSTERS} clusters against HiGHS; 1,000 nodes and 500 pods, median of {ROUNDS}")
+    print(f"seed {SEED}; {CLUSTERS} clusters against HiGHS; 1,000 nodes and 500 pods, best of {ROUNDS}")
     shares, worst_bands, broken = [], [], 0
     for seed in range(SEED, SEED + CLUSTERS):
         snapshot = random_cluster(

@@ -13,6 +13,7 @@ from tokenfactory.planning.placement.search import (
     SYSTEMATIC,
     Keep,
     Mode,
+    Order,
     Search,
     Unit,
     better,
@@ -111,22 +112,27 @@ def climb(search: Search, until: int) -> None:
         for out in neighbourhoods(search):
             if search.evaluations >= until:
                 return
-            if _try(search, out):
+            if _try(search, out, until):
                 changed = True
                 break
 
 
-def _try(search: Search, out: tuple[Unit, ...]) -> bool:
+def _try(search: Search, out: tuple[Unit, ...], until: int) -> bool:
+    """Tries the set in every order and mode, and with each kind of waiting unit first, until one is better."""
     waiting = search.unplaced()
-    if not waiting:
-        return search.attempt(out, by_density) or (len(out) > 1 and search.attempt(out, by_thrift))
-    if any(search.attempt(out, order, mode=mode) for mode in SYSTEMATIC for order in (by_density, by_size)):
-        return True
-    kinds: dict[tuple[Shape, ...], Unit] = {}
-    for unit in waiting:
-        kinds.setdefault(unit.kind, unit)
-    return any(
-        search.attempt(out, by_density, first=unit, mode=mode)
-        for mode in SYSTEMATIC
-        for unit in kinds.values()
-    )
+    attempts: list[tuple[Order, Unit | None, Mode]] = [
+        (by_density, None, Mode.COMFORT),
+        (by_thrift, None, Mode.COMFORT),
+    ]
+    if waiting:
+        kinds: dict[tuple[Shape, ...], Unit] = {}
+        for unit in waiting:
+            kinds.setdefault(unit.kind, unit)
+        attempts = [(order, None, mode) for mode in SYSTEMATIC for order in (by_density, by_size)]
+        attempts += [(by_density, unit, mode) for mode in SYSTEMATIC for unit in kinds.values()]
+    for order, first, mode in attempts:
+        if search.evaluations >= until:
+            return False
+        if search.attempt(out, order, first=first, mode=mode):
+            return True
+    return False
