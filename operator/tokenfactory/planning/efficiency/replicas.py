@@ -15,7 +15,7 @@ within that ratio, no removal can be followed by an addition.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from math import ceil, sqrt
+from math import ceil, isfinite, sqrt
 from typing import Final
 
 from tokenfactory.planning.efficiency.operating_point import (
@@ -40,6 +40,8 @@ SETTLE_MILLISECONDS: Final = 60_000
 """After a change what is measured is still about the replicas that were there before."""
 PACE_MILLISECONDS: Final = 120_000
 """From one removal to the next: long enough to see what the first one did."""
+LEAST_TOKENS_PER_SECOND: Final = 0.001
+"""Below this a replica does nothing that anything could be learned from."""
 STEP_DOWN: Final = 0.2
 """The largest part of the replicas that is taken away at once."""
 FIRST_TOKEN_ROOM: Final = 0.6
@@ -102,6 +104,8 @@ class Memory:
     ceiling: float | None = None
     """Tokens per second of one replica at which a latency was missed, recovering slowly."""
     idle_since: int | None = None
+    short_since: int | None = None
+    """Since when fewer are ready than were asked for."""
     since: int | None = None
     """Since when it watches: nothing is taken away before a whole window was seen."""
     buckets: tuple[Bucket, ...] = field(default=())
@@ -183,6 +187,10 @@ def _learn(goals: Goals, points: tuple[Point, ...], traffic: Traffic, memory: Me
     part = min(1.0, elapsed / SMOOTHING_MILLISECONDS)
     if traffic.ready != memory.ready:
         memory = replace(memory, ready=traffic.ready, settled_at=now + SETTLE_MILLISECONDS)
+    short_since = None
+    if memory.desired is not None and traffic.ready < memory.desired:
+        short_since = memory.short_since if memory.short_since is not None else now
+    memory = replace(memory, short_since=short_since)
     settled = now >= memory.settled_at
     load = memory.load + (traffic.tokens_per_second - memory.load) * part
     prompts = memory.prompts + (traffic.prompt_tokens_per_second - memory.prompts) * part
@@ -223,7 +231,7 @@ def _learn_slowdown(points: tuple[Point, ...], traffic: Traffic, memory: Memory,
 
 def _ceiling(each: float, worst: float, ceiling: float | None) -> float | None:
     """What one replica may carry: no more than now when a latency is near its SLO, and less when it is beyond."""
-    if each <= 0 or worst <= NEAR_SLO:
+    if each < LEAST_TOKENS_PER_SECOND or worst <= NEAR_SLO:
         return ceiling
     # Half of what the latency is over, and never more than a quarter at once: latencies are noisy.
     bound = each * max(0.75, 1 - max(worst - NEAR_SLO, 0.0) / 2)
@@ -259,8 +267,8 @@ def _carries(goals: Goals, point: OperatingPoint | None, traffic: Traffic, memor
         worst = _worst(goals, traffic)
         # Without a profile a replica is trusted with a little more at a time, as the latency allows.
         room = min(1.25, 0.9 / worst) if worst else UNKNOWN_CONCURRENCY / max(traffic.concurrency, 1.0)
-        carries = max(each * room, 1e-6) if each else float("inf")
-    if traffic.cache_permille > FULL_CACHE_PERMILLE and each:
+        carries = each * room if each >= LEAST_TOKENS_PER_SECOND else float("inf")
+    if traffic.cache_permille > FULL_CACHE_PERMILLE and each >= LEAST_TOKENS_PER_SECOND:
         carries = min(carries, each * FULL_CACHE_PERMILLE / traffic.cache_permille)
     return carries if memory.ceiling is None else min(carries, memory.ceiling)
 
@@ -299,7 +307,7 @@ def _growth(memory: Memory, tuning: Tuning) -> float:
         (sum(b.tokens_per_second for b in older), sum(b.tokens_per_second for b in newer)),
         (sum(b.prompt_tokens_per_second for b in older), sum(b.prompt_tokens_per_second for b in newer)),
     ):
-        rise = now / then - 1 if then > 0 else 0.0
+        rise = now / then - 1 if then >= LEAST_TOKENS_PER_SECOND else 0.0
         if rise > TREND:
             growth = max(growth, 1 + rise * tuning.startup_milliseconds / apart)
     return min(growth, 1.5)
@@ -316,12 +324,18 @@ def _for_latency(memory: Memory, traffic: Traffic, growth: float, now: int) -> i
 def _kept(memory: Memory, desired: int, now: int, tuning: Tuning) -> int:
     """How many have to stay for now, by the window that was seen."""
     watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
-    if not watched or now - memory.taken_at < PACE_MILLISECONDS or memory.ready != desired:
+    if not watched or now - memory.taken_at < PACE_MILLISECONDS or memory.ready > desired:
         return desired
     settled = memory.settled_at - SETTLE_MILLISECONDS // 2
     squeeze = max((b.squeeze for b in memory.buckets if b.at_milliseconds >= settled), default=memory.squeeze)
+    needed = max(b.kept for b in memory.buckets)
+    if memory.ready < desired:
+        # Replicas that find no watts or no node must not be asked for for ever.
+        waited = now - memory.short_since if memory.short_since is not None else 0
+        hopeless = waited > 2 * tuning.startup_milliseconds + tuning.window_milliseconds
+        return min(desired, max(needed, memory.ready)) if hopeless and squeeze <= 1 else desired
     step = desired - max(1, int(STEP_DOWN * desired))
-    return min(desired, max(*(b.kept for b in memory.buckets), step, ceil(desired * squeeze)))
+    return min(desired, max(needed, step, ceil(desired * squeeze)))
 
 
 def _settle(
@@ -345,7 +359,8 @@ def _settle(
     keep = _kept(memory, desired, now, tuning)
     wanted = max(up, min(desired, max(keep, up)), least)
     replicas = min(wanted, goals.max_replicas)
-    told = f"{memory.load:.0f} tokens/s at {carries:.0f} per replica"
+    per_replica = f"{carries:.0f} per replica" if isfinite(carries) else "no load to learn from"
+    told = f"{memory.load:.0f} tokens/s at {per_replica}"
     if wanted > goals.max_replicas:
         message = f"{told} needs {wanted} replicas, the most allowed is {goals.max_replicas}"
         return _decision(replicas, "AtMaximum", message, point, memory, now)

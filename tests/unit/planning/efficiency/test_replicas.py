@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokenfactory.planning.efficiency.operating_point import Goals, latency_of
@@ -107,6 +107,7 @@ def test_noise_never_makes_it_flap(load: float, noise: list[float], start: int) 
     more=st.integers(0, 10),
     start=st.integers(0, 20),
 )
+@example(loads=[1.0, 0.0, 0.0, 0.0, 3139.0, 5e-324], least=0, more=0, start=0)
 def test_always_within_what_the_user_allows(loads: list[float], least: int, more: int, start: int) -> None:
     goals = Goals(least, max(least + more, 1), None, 50.0)
     for decision in run(loads, goals, start):
@@ -117,11 +118,25 @@ def test_always_within_what_the_user_allows(loads: list[float], least: int, more
 
 def test_never_taken_away_while_starting_ones_are_pending() -> None:
     memory = Memory()
-    for step in range(60):
+    for step in range(30):
         traffic = replace(serving(100.0, 3), pending=2)
         decision = decide_replicas(GOALS, POINTS, traffic, memory, step * 15 * SECOND, TUNING)
         memory = decision.memory
         assert decision.replicas == 5
+
+
+def test_replicas_that_never_start_are_not_asked_for_for_ever() -> None:
+    """No watts for the other two: what runs is enough, so the wish is given up; when it is not, it stays."""
+
+    def after(tokens_per_second: float) -> int | None:
+        memory = Memory()
+        for step in range(60):
+            traffic = replace(serving(tokens_per_second, 3), pending=2)
+            memory = decide_replicas(GOALS, POINTS, traffic, memory, step * 15 * SECOND, TUNING).memory
+        return memory.desired
+
+    assert (after(100.0) or 0) <= 3
+    assert after(3_500.0) == 5
 
 
 def test_a_backlog_while_more_are_starting_asks_for_no_more() -> None:
