@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 
@@ -502,6 +504,27 @@ async def test_a_driver_reload_is_seen_whatever_it_answers_and_limits_are_defaul
     assert driver.identity == type(first)(first.boot_id, first.driver_generation + 1)
     assert (await driver.limits(gpu)).enforced_milliwatts == 700_000
     assert (await driver.read(gpu)).energy_millijoules < 60_000, "it counts from the driver's load"
+
+
+def held_resources():
+    return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_reloads_leak_neither_threads_nor_files(make_node, open_driver):
+    node = make_node("H100", 4)
+    driver = await open_driver(node)
+
+    async def reload():
+        node.load_driver()
+        assert isinstance(await driver.open(), Driver)
+        for gpu in uuids(node):
+            assert (await driver.set_limit(gpu, 300_000)).obeys(300_000)
+        return held_resources()
+
+    before = await reload()
+    for _ in range(50):
+        after = await reload()
+    assert after == before
 
 
 async def test_a_reboot_is_another_boot_id_and_default_limits(make_node, open_driver):
