@@ -68,6 +68,16 @@ T ?= tests
 test: tools ## all tests; builds the embedded control plane once (about 10 minutes)
 	$(PY) -m pytest $(T)
 
+STEPS ?= 1000000
+SEED ?= 1
+.PHONY: fault
+fault: venv ## the fault search over ledger and governor: a million steps, some minutes [STEPS= SEED=]
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.fault.search --steps $(STEPS) --seed $(SEED)
+
+.PHONY: model
+model: venv ## every history of small sites, exhaustively, and each deliberate bug's shortest trace
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.fault.model
+
 .PHONY: bench
 bench: venv ## one benchmark: make bench B=market [QUICK=1]
 	@[ -n "$(B)" ] || { echo "make bench B=NAME, one of: $$(cd benchmarks && ls [a-z]*.py | sed 's/\.py//' | xargs)" >&2; exit 2; }

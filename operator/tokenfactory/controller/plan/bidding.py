@@ -216,7 +216,7 @@ def _stands(
         if spec.path[-1] not in grid.domains:
             continue
         committed[spec.path[-1]] += line.fixed
-        for demand in line.demands:
+        for demand in line.expected():
             add(spec.path[-1], demand.class_name, demand.count, demand.low, demand.high)
         del name
     for pod in coming:

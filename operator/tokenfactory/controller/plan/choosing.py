@@ -141,7 +141,7 @@ def _headroom(world: World, grid: Grid, ledger: Ledger) -> dict[str, int]:
         if not entry.facts.heard or entry.kind != "Charged":
             total = ledger.line_charge(line)
         else:
-            for demand in line.demands:
+            for demand in line.expected():
                 key = (demand.class_name, demand.low, demand.high)
                 if key not in wanted:
                     hull = hulls_of(world, {demand.class_name: (demand.low, demand.high)})[demand.class_name]

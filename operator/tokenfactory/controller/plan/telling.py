@@ -198,9 +198,9 @@ def _class_charge(ledger: Ledger, factory: TokenFactory, model: ModelSpec) -> in
     owner = (factory.metadata.namespace, factory.metadata.name, model.name)
     total = 0
     for entry in ledger.entries.values():
-        for demand in entry.line.demands:
+        for demand in (*entry.line.demands, *entry.line.pending):
             if names.class_owner(demand.class_name) == owner:
-                total += demand.charge(ledger.highest(entry.line, demand.class_name))
+                total += demand.count * demand.each(ledger.highest(entry.line, demand.class_name))
     return total
 
 

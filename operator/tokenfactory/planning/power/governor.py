@@ -9,7 +9,7 @@ ledger relies on, and what must stay true here:
 * Every epoch in `Readback.applied` is one below which this node never goes again, and whatever runs here runs under
   limits that were read back at or below those epochs' caps.
 * A limit is never raised before all sheets of the path and a renewal newer than the first one seen have arrived.
-* A pod may start only when its GPUs' caps were read back in this boot.
+* A pod may start only when its GPUs' caps were read back in this boot, and the API server has heard of this boot.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def govern(memory: Memory, view: View, now_ms: int) -> tuple[Memory, Decision]:
         epochs={domain: memory.floors[domain] for domain in domains if memory.floors.get(domain)},
         generation=view.generation,
         complete=complete,
-        startable={} if obedience.fenced else startable,
+        startable=startable if complete and not obedience.fenced and _reported(view) else {},
         next_deadline_ms=None if fallback else expires,
     )
     return memory, decision
@@ -344,6 +344,14 @@ def _classes(
         if uid in grants and not grants[uid].released and len(gpus) <= grants[uid].gpus
     }
     return classes, startable
+
+
+def _reported(view: View) -> bool:
+    """P4: the API server holds a status of this boot, in the same version of the object that bears no fence.
+
+    Else a fence for the boot before could land after a model was started in this one.
+    """
+    return view.status is not None and view.status.boot_id == view.boot_id
 
 
 def _leave(gpu: GpuView, why: Why, class_name: str = "") -> CapOrder:

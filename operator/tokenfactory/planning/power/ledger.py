@@ -17,7 +17,7 @@ A silent node stays charged like any other. Only a fence ends that, and only whi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final, Literal
@@ -26,7 +26,7 @@ import msgspec
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode, GPUStatus
-from tokenfactory.api.names import class_product, idle_class
+from tokenfactory.api.names import class_product, idle_class, unmanaged_class
 from tokenfactory.planning.power.sheets import Caps, History
 
 UNBOUNDED: Final = 10**15
@@ -83,23 +83,78 @@ class Demand:
     base: int
     unbounded: int
 
-    def charge(self, cap: int) -> int:
+    def each(self, cap: int) -> int:
+        """What one of these GPUs is charged under this cap."""
         if cap == UNBOUNDED:
             cap = self.unbounded
-        return self.count * max(self.base, min(max(cap, self.low), self.high))
+        return max(self.base, min(max(cap, self.low), self.high))
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """What one node, or many nodes in the same position, are charged by.
 
-    `acked` goes with `domains`. `fixed` is what no sheet can change.
+    `acked` goes with `domains`. `fixed` is what no sheet can change. `demands` has every GPU once; `pending` are pods
+    that may yet take some of them, nobody knows which.
     """
 
-    domains: tuple[str, ...]
-    acked: tuple[int, ...]
-    fixed: int
-    demands: tuple[Demand, ...]
+    domains: tuple[str, ...] = ()
+    acked: tuple[int, ...] = ()
+    fixed: int = 0
+    demands: tuple[Demand, ...] = ()
+    pending: tuple[Demand, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(demand.class_name for demand in (*self.demands, *self.pending)))
+
+    def expected(self) -> tuple[Demand, ...]:
+        """Every GPU once, as it will be when the pending pods have taken theirs: for planning, not for charging."""
+        idle = [demand for demand in self.demands if demand.class_name.startswith("idle@")]
+        taken: list[Demand] = []
+        for pod in self.pending:
+            left = pod.count
+            for index, free in enumerate(idle):
+                some = min(left, free.count)
+                idle[index] = replace(free, count=free.count - some)
+                left -= some
+            if left < pod.count:
+                taken.append(replace(pod, count=pod.count - left, base=pod.low))
+        others = (demand for demand in self.demands if not demand.class_name.startswith("idle@"))
+        return (*others, *(free for free in idle if free.count), *taken)
+
+    def charge(self, highest: Callable[[str], int]) -> int:
+        """The node's charge, given the highest cap that each class may get here."""
+        total = self.fixed
+        if not self.pending:
+            for demand in self.demands:
+                total += demand.count * demand.each(highest(demand.class_name))
+            return total
+        held = [(demand.each(highest(demand.class_name)), demand.count) for demand in self.demands]
+        wanted = [(demand.each(highest(demand.class_name)), demand.count) for demand in self.pending]
+        return total + sum(each * count for each, count in held) + most_added(held, wanted)
+
+
+def most_added(held: Iterable[tuple[int, int]], wanted: Iterable[tuple[int, int]]) -> int:
+    """The most that pods can add by taking GPUs: (milliwatts, how many) of what these are charged and those may draw.
+
+    The hungriest pod on the least charged GPU, and so on: no other choice adds more, because what one adds,
+    max(0, wanted - held), is convex in the difference. Nor does it add more when a GPU's own charge falls by less.
+    """
+    low = sorted(held)
+    high = sorted(wanted, reverse=True)
+    added = at = used = 0
+    for milliwatts, count in high:
+        left = count
+        while left and at < len(low):
+            base, there = low[at]
+            taken = min(left, there - used)
+            added += taken * max(0, milliwatts - base)
+            left -= taken
+            used += taken
+            if used == there:
+                at, used = at + 1, 0
+    return added
 
 
 Kind = Literal["Charged", "Fenced", "Unplaced", "Nameplate"]
@@ -180,9 +235,7 @@ class Ledger:
         return history.highest(acked) if history is not None else None
 
     def line_charge(self, line: Line) -> int:
-        return line.fixed + sum(
-            demand.charge(self.highest(line, demand.class_name)) for demand in line.demands
-        )
+        return line.charge(lambda class_name: self.highest(line, class_name))
 
     def unclaimed(self, tree: str) -> tuple[tuple[str, str], ...]:
         """Objects of this tree, by (kind, name), that a former leader's late write may still change."""
@@ -233,12 +286,17 @@ class Ledger:
         total = 0
         for line, names in self.lines.items():
             if domain in line.domains:
-                each = line.fixed
-                for demand in line.demands:
-                    fallbacks = [self._fallback(name, demand.class_name) for name in line.domains]
-                    low = min(max(min(fallbacks, default=0), demand.low), demand.high)
-                    each += demand.count * low
-                total += each * len(names)
+                fallen = replace(
+                    line,
+                    demands=tuple(
+                        replace(demand, base=min(demand.base, demand.low)) for demand in line.demands
+                    ),
+                )
+                total += len(names) * fallen.charge(
+                    lambda class_name, line=line: min(  # type: ignore[misc]
+                        (self._fallback(name, class_name) for name in line.domains), default=0
+                    )
+                )
         return total
 
     def _fallback(self, domain: str, class_name: str) -> int:
@@ -253,8 +311,8 @@ class Ledger:
         entry = self.entries.get(node)
         if entry is None or entry.kind != "Charged":
             return Admission(False, (f"node {node} has no reporting agent, no path or is fenced",))
-        demand, fixed = _pending(entry.node, entry.facts, class_name, gpus)
-        line = replace(entry.line, fixed=entry.line.fixed + fixed, demands=(*entry.line.demands, demand))
+        demand = _pending(entry.node, class_name, gpus)
+        line = replace(entry.line, pending=(*entry.line.pending, demand))
         return self._fits(entry.line, line)
 
     def admit_return(self, node: str) -> Admission:
@@ -269,8 +327,8 @@ class Ledger:
         """May this spec take the place of the node's present one? For a dropped former path, or a new place."""
         entry = self.entries.get(node.metadata.name)
         facts = entry.facts if entry is not None else NodeFacts()
-        before = entry.line if entry is not None else Line((), (), 0, ())
-        return self._fits(before, enter(node, facts, self.domains).line)
+        before = entry.line if entry is not None else Line()
+        return self._fits(before, enter(node, facts, self.domains).line, grows=False)
 
     def with_node(self, node: GPUNode) -> Ledger:
         """The ledger as it is once this node's object was written: for several admissions in a row."""
@@ -282,8 +340,11 @@ class Ledger:
         """The same ledger over other sheets, for what looks at sheets alone: charges stay as they were summed."""
         return replace(self, sheets=sheets)
 
-    def _fits(self, before: Line, after: Line) -> Admission:
-        """P1 and P3: all domains of the path, with nothing under way that could yet change the sum."""
+    def _fits(self, before: Line, after: Line, *, grows: bool = True) -> Admission:
+        """P1 and P3: all domains of the path, with nothing under way that could yet change the sum.
+
+        `grows`: something may draw more than before even where the charge does not rise.
+        """
         why = []
         old, new = self.line_charge(before), self.line_charge(after)
         for domain in after.domains:
@@ -293,8 +354,9 @@ class Ledger:
             if unclaimed := self.unclaimed(self.tree(domain)):
                 kind, name = unclaimed[0]
                 why.append(f"{len(unclaimed)} objects are not claimed yet, such as {kind} {name}")
-            lack = -self.headroom(domain) + new - (old if domain in before.domains else 0)
-            if lack > 0:
+            more = new - (old if domain in before.domains else 0)
+            lack = more - self.headroom(domain)
+            if lack > 0 and (more > 0 or grows):
                 why.append(f"domain {domain} lacks {lack} mW")
         return Admission(not why, tuple(dict.fromkeys(why)))
 
@@ -332,14 +394,13 @@ def enter(node: GPUNode, facts: NodeFacts, domains_now: Mapping[str, Domain]) ->
     acks = {entry.domain: entry.epoch for entry in status.applied}
     acked = tuple(acks.get(domain, 0) if domain in obeyed else 0 for domain in domains)
     if not domains:
-        return Entry(Line((), (), 0, ()), "Unplaced", node, facts)
+        return Entry(Line(), "Unplaced", node, facts)
     if is_fenced(node, facts):
-        return Entry(Line(domains, (0,) * len(domains), 0, ()), "Fenced", node, facts)
+        return Entry(Line(domains, (0,) * len(domains)), "Fenced", node, facts)
     if not status.gpus:
         # Whoever has no agent cannot be capped: it is charged in full.
         fixed = max(facts.nameplate_milliwatts, spec.overhead_milliwatts)
-        return Entry(Line(domains, acked, fixed, ()), "Nameplate", node, facts)
-    fixed = spec.overhead_milliwatts
+        return Entry(Line(domains, acked, fixed), "Nameplate", node, facts)
     demands: Counter[tuple[str, int, int, int, int]] = Counter()
     held = Counter(gpu.pod_uid for gpu in status.gpus if gpu.pod_uid)
     grants = {pod.uid: pod for pod in spec.pods}
@@ -349,25 +410,22 @@ def enter(node: GPUNode, facts: NodeFacts, domains_now: Mapping[str, Domain]) ->
         if grant is not None and held[gpu.pod_uid] <= grant.gpus:
             demands[grant.class_name, gpu.min_milliwatts, _high(gpu), base, _high(gpu)] += 1
         elif gpu.pod_uid:
-            fixed += max(base, gpu.default_milliwatts)
+            foreign = max(base, gpu.default_milliwatts)
+            demands[unmanaged_class(gpu.product), foreign, foreign, foreign, foreign] += 1
         else:
             demands[idle_class(gpu.product), gpu.min_milliwatts, _high(gpu), base, gpu.min_milliwatts] += 1
-    waiting = []
-    for pod in spec.pods:
-        if pod.gpus > held[pod.uid]:
-            demand, less = _pending(node, facts, pod.class_name, pod.gpus - held[pod.uid])
-            waiting.append(demand)
-            fixed += less
     line = Line(
         domains,
         acked,
-        fixed,
-        (
-            *(
-                Demand(name, count, low, high, base, unbounded)
-                for (name, low, high, base, unbounded), count in sorted(demands.items())
-            ),
-            *waiting,
+        spec.overhead_milliwatts,
+        tuple(
+            Demand(name, count, low, high, base, unbounded)
+            for (name, low, high, base, unbounded), count in sorted(demands.items())
+        ),
+        tuple(
+            _pending(node, pod.class_name, pod.gpus - held[pod.uid])
+            for pod in spec.pods
+            if pod.gpus > held[pod.uid]
         ),
     )
     return Entry(line, "Charged", node, facts)
@@ -399,15 +457,13 @@ def _high(gpu: GPUStatus) -> int:
     return max(gpu.max_milliwatts, gpu.min_milliwatts)
 
 
-def _pending(node: GPUNode, facts: NodeFacts, class_name: str, gpus: int) -> tuple[Demand, int]:
-    """GPUs that a pod may yet take, we do not know which: what they may draw above the least that any is charged."""
+def _pending(node: GPUNode, class_name: str, gpus: int) -> Demand:
+    """GPUs that a pod may yet take."""
     product = class_product(class_name)
     fitting = [gpu for gpu in node.status.gpus if gpu.product == product] or list(node.status.gpus)
     low = min(gpu.min_milliwatts for gpu in fitting)
-    least = min(_base(gpu, facts, capped=False) for gpu in fitting)
     high = max(_high(gpu) for gpu in fitting)
-    demand = Demand(class_name, gpus, low, high, least, high)
-    return demand, -gpus * least
+    return Demand(class_name, gpus, low, high, 0, high)
 
 
 def _domains_of(node: GPUNode, domains_now: Mapping[str, Domain]) -> tuple[tuple[str, ...], frozenset[str]]:

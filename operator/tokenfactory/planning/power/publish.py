@@ -150,7 +150,7 @@ class _Raises:
         self.lines: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
         for line in ledger.lines:
             for domain in line.domains:
-                for class_name in dict.fromkeys(demand.class_name for demand in line.demands):
+                for class_name in line.class_names:
                     self.lines[domain][class_name].append(line)
 
     def settle(self, domain: str) -> tuple[dict[str, Allowance] | None, list[Wait]]:
@@ -233,17 +233,17 @@ class _Raises:
         return gains
 
     def _charge(self, line: Line, domain: str, caps: Mapping[str, int]) -> int:
-        total = line.fixed
-        for demand in line.demands:
+        def highest(class_name: str) -> int:
             best = UNBOUNDED
             for name, acked in zip(line.domains, line.acked, strict=True):
                 since = self.ledger.caps_since(name, acked)
                 if since is not None:
-                    taken = self.taken.get(name, {}).get(demand.class_name, 0)
-                    new = caps.get(demand.class_name, 0) if name == domain else 0
-                    best = min(best, max(since.get(demand.class_name, 0), taken, new))
-            total += demand.charge(best)
-        return total
+                    taken = self.taken.get(name, {}).get(class_name, 0)
+                    new = caps.get(class_name, 0) if name == domain else 0
+                    best = min(best, max(since.get(class_name, 0), taken, new))
+            return best
+
+        return line.charge(highest)
 
     def _wait(self, domain: str, class_name: str, blocked: str) -> Wait:
         """Names the nodes whose acknowledgement would free watts in the domain that blocks."""
@@ -268,15 +268,12 @@ class _Raises:
 
     def _charge_when_acked(self, line: Line) -> int:
         """What is left once every sheet, as cut now, is acknowledged."""
-        total = line.fixed
-        for demand in line.demands:
-            caps = [
-                self._next_caps(name).get(demand.class_name, 0)
-                for name in line.domains
-                if name in self.ledger.sheets
-            ]
-            total += demand.charge(min(caps, default=UNBOUNDED))
-        return total
+        names = [name for name in line.domains if name in self.ledger.sheets]
+        return line.charge(
+            lambda class_name: min(
+                (self._next_caps(name).get(class_name, 0) for name in names), default=UNBOUNDED
+            )
+        )
 
     def _next_caps(self, domain: str) -> Mapping[str, int]:
         if domain not in self._next:

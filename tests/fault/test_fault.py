@@ -1,0 +1,49 @@
+"""The seeded slice of the fault search, and every deliberate bug that it must find."""
+
+from __future__ import annotations
+
+import pytest
+from tests.fault.bugs import BUGS
+from tests.fault.search import Score, episode, search
+from tests.fault.world import Kit, Violation
+
+pytestmark = pytest.mark.slow
+
+SEEDS = {
+    "skip read-back": 5_000_060,
+    "drop fencing": 5_000_000,
+    "ignore hold": 5_000_000,
+    "reuse an epoch": 5_002_380,
+    "credit an expired hold": 5_000_000,
+    "raise before lower": 5_000_000,
+    "trust a cap across a reboot": 5_000_060,
+    "skip the claim": 5_000_000,
+    "forget the former path": 5_000_120,
+    "collect a pod before the agent said so": 5_000_590,
+    "believe who acknowledged nothing": 5_000_020,
+}
+"""Where to begin so that a test takes seconds; from 5,000,000 on, all are found within 2,400 episodes."""
+
+
+def test_p1_to_p6_hold_after_every_step_and_every_history_comes_to_rest() -> None:
+    score = search(seed=4, steps=30_000)
+    assert score.steps >= 30_000
+    for what in ("new_leader", "reboots", "agent_dies", "duplicate", "lose", "watch_breaks", "driver_fails"):
+        assert score.moves[what] > 0, f"the search never came to {what}"
+
+
+@pytest.mark.parametrize("bug", SEEDS)
+def test_the_search_finds_a_deliberate_bug(bug: str) -> None:
+    with pytest.raises(Violation):
+        _forty_episodes(bug)
+
+
+def _forty_episodes(bug: str) -> None:
+    for number in range(40):
+        episode(SEEDS[bug] + number, BUGS[bug], Score(), to_rest=False)
+
+
+def test_the_same_histories_are_fine_without_the_bugs() -> None:
+    for first in SEEDS.values():
+        for number in range(3):
+            episode(first + number, Kit(), Score())
