@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
 from tokenfactory.controller.actions import Action, Plan, PublishSheet
 from tokenfactory.controller.plan import bidding
+from tokenfactory.controller.plan.accounting import account
+from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.choosing import choose
 from tokenfactory.controller.plan.domains import Grid, lay_out
+from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes
-from tokenfactory.controller.plan.placing import Unplaced, grant, open_gates
+from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.recovering import recover
+from tokenfactory.controller.plan.replicating import staff
 from tokenfactory.controller.plan.serving import serve
 from tokenfactory.controller.plan.telling import domain_status, factory_status
 from tokenfactory.controller.plan.world import World, see
 from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
-from tokenfactory.kube.resources import Key
+from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Leadership, Ledger, observe
 from tokenfactory.planning.power.publish import SheetPlan, plan_sheets
+from tokenfactory.planning.power.steps import Held, Patience, settle_caps
+
+PATIENCE: Final = Patience()
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,19 +41,20 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Composed:
-    """A plan and what it was made from, for metrics."""
+    """A plan and what it was made from."""
 
     plan: Plan
-    world: World
-    grid: Grid
-    ledger: Ledger
-    cleared: bidding.Cleared | None
+    books: Books
+    memory: Memory
+    """For the next plan."""
 
 
-def compose(snapshot: Snapshot, options: Options) -> Composed:
+def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     world = see(snapshot)
     grid = lay_out(world)
     ledger = _ledger(world, grid)
+    staffing = staff(world, memory.replicas)
+    energy = account(world, grid, memory.energy)
     choice = choose(world, grid, ledger)
     coming = [
         bidding.Coming(
@@ -56,23 +66,43 @@ def compose(snapshot: Snapshot, options: Options) -> Composed:
     ]
     granting = grant(world, ledger, list(choice.wishes))
     cleared = bidding.clear(world, grid, ledger, coming)
-    sheets = plan_sheets(ledger, cleared.targets if cleared else {})
-    replicas = {
-        (key, model.name): model.replicas.min
-        for key, factory in snapshot.factories.items()
-        for model in factory.spec.models
-    }
+    targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
+    sheets = plan_sheets(ledger, targets)
     actions: list[Action] = _publish(world, sheets)
     actions += charge_nodes(
         world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
     )
     actions += open_gates(world)
-    actions += serve(world, replicas, options.workloads)
-    unplaced = (*choice.unplaced, *granting.waiting)
-    actions += _tell(world, grid, ledger, sheets, cleared, replicas, unplaced)
-    return Composed(
-        Plan(tuple(actions), again_after_seconds=_again(world, grid)), world, grid, ledger, cleared
+    actions += serve(world, staffing, options.workloads)
+    books = Books(
+        world, grid, ledger, cleared, sheets.waits, staffing, energy, (*choice.unplaced, *granting.waiting)
     )
+    actions += _tell(books)
+    plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
+    return Composed(plan, books, Memory(staffing.memory, energy, caps))
+
+
+def _patient(
+    cleared: bidding.Cleared | None, memory: Memory, now_seconds: float
+) -> tuple[Mapping[str, Mapping[str, Allowance]], Mapping[tuple[str, str], Held]]:
+    """Lower at once, higher late: a cap that follows every wiggle of the market is an epoch for every agent."""
+    if cleared is None:
+        return {}, {}
+    wanted = {
+        (domain, label): allowance.cap
+        for domain, caps in cleared.targets.items()
+        for label, allowance in caps.items()
+    }
+    ceiling = {slot: cleared.hulls[slot[1]].milliwatts[-1] for slot in wanted}
+    held = settle_caps(memory.caps, wanted, ceiling, now_seconds, PATIENCE)
+    targets = {
+        domain: {
+            label: Allowance(held[domain, label].value, min(held[domain, label].value, allowance.fallback))
+            for label, allowance in caps.items()
+        }
+        for domain, caps in cleared.targets.items()
+    }
+    return targets, held
 
 
 def _ledger(world: World, grid: Grid) -> Ledger:
@@ -98,33 +128,23 @@ def _publish(world: World, sheets: SheetPlan) -> list[Action]:
     ]
 
 
-def _tell(
-    world: World,
-    grid: Grid,
-    ledger: Ledger,
-    sheets: SheetPlan,
-    cleared: bidding.Cleared | None,
-    replicas: dict[tuple[Key, str], int],
-    unplaced: tuple[Unplaced, ...],
-) -> list[Action]:
+def _tell(books: Books) -> list[Action]:
     """Statuses; and what a recorded incident now permits comes after its record."""
     actions: list[Action] = []
-    for domain in world.snapshot.domains.values():
-        actions += domain_status(world, grid, ledger, sheets.waits, domain)
-    for key, factory in world.snapshot.factories.items():
-        recovered = recover(world, factory)
-        mine = [entry for entry in unplaced if entry.replica.factory is factory]
-        desired = {model.name: replicas[key, model.name] for model in factory.spec.models}
-        actions += factory_status(
-            world, grid, ledger, cleared, desired, recovered.incidents, recovered.storm, mine, factory
-        )
+    for domain in books.world.snapshot.domains.values():
+        actions += domain_status(books, domain)
+    for factory in books.world.snapshot.factories.values():
+        recovered = recover(books.world, factory)
+        actions += factory_status(books, recovered, factory)
         actions += recovered.actions
     return actions
 
 
-def _again(world: World, grid: Grid) -> float:
+def _again(world: World, grid: Grid, sheets: SheetPlan) -> float:
     """Neither silence nor a timetable makes an event: look again when an agent could count as lost, or a limit turns."""
     soonest = 30.0 if grid.seconds_to_change is None else min(30.0, max(0.1, grid.seconds_to_change))
+    if sheets.waits or sheets.writes:
+        soonest = min(soonest, PATIENCE.raise_after_seconds)
     after = min(
         (world.detect_seconds(factory) for factory in world.snapshot.factories.values()), default=15.0
     )

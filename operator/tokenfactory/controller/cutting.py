@@ -30,18 +30,18 @@ Sheets = Mapping[Key, CapSheet]
 
 def cuts(last: Composed, domains: Domains, sheets: Sheets, wall: datetime) -> list[PublishSheet]:
     """Lower sheets for limits that are lower than in the last round. Empty when none is."""
-    if last.cleared is None:
+    if last.books.cleared is None:
         return []
     usable = usable_now(domains.values(), wall)
-    before = last.grid.domains
+    before = last.books.grid.domains
     lowered = {name: min(usable[name], before[name].usable_milliwatts) for name in before if name in usable}
     if all(milliwatts == before[name].usable_milliwatts for name, milliwatts in lowered.items()):
         return []
-    targets = recut(last.cleared, lowered)
+    targets = recut(last.books.cleared, lowered)
     current = {name: sheet for (_, name), sheet in sheets.items() if sheet.spec.renewal is None}
-    writes = plan_cuts(last.ledger.with_sheets(current), targets)
+    writes = plan_cuts(last.books.ledger.with_sheets(current), targets)
     # The root first: its sheet alone lowers everything below it.
-    ordered = sorted(writes, key=lambda write: len(last.ledger.path(write.spec.domain)))
+    ordered = sorted(writes, key=lambda write: len(last.books.ledger.path(write.spec.domain)))
     return [
         PublishSheet(current[write.spec.domain], write.spec, f"cut: epoch {write.spec.epoch}", lowers=True)
         for write in ordered

@@ -26,6 +26,7 @@ from tokenfactory.controller.compose import Options, compose
 from tokenfactory.controller.cutting import Cutter
 from tokenfactory.controller.metrics import Metrics
 from tokenfactory.controller.observer import Observer
+from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.reconciler import Reconciler
 from tokenfactory.controller.renewer import Renewer
 from tokenfactory.controller.shell import KopfShell
@@ -90,7 +91,7 @@ async def _lead(
     cutter = Cutter(observer.stores[PowerDomain].snapshot, lambda: observer.sheets.snapshot().objects, actor)
     reconciler = Reconciler(
         partial(observer.snapshot, leadership),
-        partial(_plan, options.plan, metrics, cutter),
+        _Planner(options.plan, metrics, cutter),
         actor,
         generation=lambda: cutter.generation,
     )
@@ -133,11 +134,21 @@ async def _lead(
         )
 
 
-def _plan(options: Options, metrics: Metrics, cutter: Cutter, snapshot: Snapshot) -> Plan:
-    composed = compose(snapshot, options)
-    cutter.planned(composed)
-    metrics.show(composed)
-    return composed.plan
+class _Planner:
+    """Hands what one plan remembers to the next, and shows it to whom it concerns."""
+
+    def __init__(self, options: Options, metrics: Metrics, cutter: Cutter) -> None:
+        self._options = options
+        self._metrics = metrics
+        self._cutter = cutter
+        self._memory = Memory()
+
+    def __call__(self, snapshot: Snapshot) -> Plan:
+        composed = compose(snapshot, self._options, self._memory)
+        self._memory = composed.memory
+        self._cutter.planned(composed)
+        self._metrics.show(composed)
+        return composed.plan
 
 
 async def _keep(election: Election) -> None:

@@ -30,11 +30,11 @@ class Metrics:
         self._plans.inc()
         for gauge in (self._charge, self._limit, self._usable, self._draw, self._lost):
             gauge.clear()
-        for name, domain in composed.grid.domains.items():
-            self._charge.labels(name).set(composed.ledger.charge(name) / 1000)
-            self._limit.labels(name).set(composed.grid.limit(name) / 1000)
+        for name, domain in composed.books.grid.domains.items():
+            self._charge.labels(name).set(composed.books.ledger.charge(name) / 1000)
+            self._limit.labels(name).set(composed.books.grid.limit(name) / 1000)
             self._usable.labels(name).set(domain.usable_milliwatts / 1000)
-            self._lost.labels(name).set(len(composed.ledger.lost(name)))
-            nodes = [host.held for host in composed.world.hosts.values() if host.held]
+            self._lost.labels(name).set(len(composed.books.ledger.lost(name)))
+            nodes = [host.held for host in composed.books.world.hosts.values() if host.held]
             drawn = sum(node.status.draw_milliwatts for node in nodes if name in node.spec.path)
             self._draw.labels(name).set(drawn / 1000)

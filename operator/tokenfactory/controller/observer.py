@@ -27,6 +27,7 @@ from tokenfactory.kube.lease import Heartbeats
 from tokenfactory.kube.listing import Listing
 from tokenfactory.kube.objects import Lease, Namespace, Node, Pod
 from tokenfactory.kube.resources import Key, collection_path
+from tokenfactory.kube.times import boot_seconds
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Observer:
         return Snapshot(
             leadership=leadership,
             wall=datetime.now(UTC),
+            milliseconds=int(boot_seconds() * 1000),
             domains=self.stores[PowerDomain].snapshot(),
             factories=self.stores[TokenFactory].snapshot(),
             profiles=self.stores[PowerProfile].snapshot(),

@@ -30,6 +30,8 @@ class Snapshot:
     leadership: Leadership
     wall: datetime
     """For timetables and for what people read; nothing is trusted by it."""
+    milliseconds: int = 0
+    """On our own clock, which never goes back: for windows and hysteresis."""
     domains: Mapping[Key, PowerDomain] = field(default_factory=dict)
     factories: Mapping[Key, TokenFactory] = field(default_factory=dict)
     profiles: Mapping[Key, PowerProfile] = field(default_factory=dict)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -22,6 +20,7 @@ from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.hollow import HollowKubelet, HollowNode, PodDevices
 from tokenfactory.twin.kubelet import SimulatedKubelet, SimulatedPod
 from tokenfactory.twin.nvml import SimulatedNode
+from tokenfactory.twin.processes import PROGRAM, environment
 
 SYSTEM_NAMESPACE: Final = "tokenfactory-system"
 OPERATOR_ACCOUNT: Final = "tokenfactory-operator"
@@ -71,12 +70,9 @@ class FleetNode:
         kubeconfig = self._cluster.kubeconfig_for_service_account(
             SYSTEM_NAMESPACE, AGENT_ACCOUNT, node_name=self.plan.name
         )
-        env = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "LANG") if key in os.environ}
-        env |= self.hardware.environment | {"KUBECONFIG": str(kubeconfig)}
+        env = environment(**self.hardware.environment, KUBECONFIG=str(kubeconfig))
         command = [
-            sys.executable,
-            "-m",
-            "tokenfactory.cli",
+            *PROGRAM,
             "agent",
             f"--node={self.plan.name}",
             f"--namespace={SYSTEM_NAMESPACE}",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+
+from tokenfactory.twin.processes import PROGRAM, environment
 
 Object = dict[str, Any]
 _RESTARTS_BEFORE_FAILURE: Final = 50
@@ -96,9 +96,7 @@ class Containers:
         arguments = [self._inside(container, argument) for argument in container.get("args", [])]
         with (self._folder / f"{container['name']}.log").open("ab") as output:
             return await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tokenfactory.cli",
+                *PROGRAM,
                 *arguments,
                 env=self._env(container),
                 stdout=output,
@@ -114,8 +112,7 @@ class Containers:
         return argument
 
     def _env(self, container: Object) -> dict[str, str]:
-        env = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "LANG") if key in os.environ}
-        env["TERMINATION_LOG"] = str(self._termination(container))
+        env = environment(TERMINATION_LOG=str(self._termination(container)))
         for variable in container.get("env", []):
             field = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
             env[variable["name"]] = self._values.get(field, "") if field else variable.get("value", "")

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -27,6 +25,7 @@ from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.fleet import OPERATOR_ACCOUNT, SYSTEM_NAMESPACE, Fleet, NodePlan
 from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, gpu_truth
 from tokenfactory.twin.nvml import product_named
+from tokenfactory.twin.processes import PROGRAM, environment
 from tokenfactory.twin.toolchain import ensure_helm
 
 T = TypeVar("T", bound=Resource)
@@ -74,15 +73,15 @@ class Site:
 
     def start_operator(self) -> None:
         kubeconfig = self.cluster.kubeconfig_for_service_account(SYSTEM_NAMESPACE, OPERATOR_ACCOUNT)
-        env = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "LANG") if key in os.environ}
         command = [
-            *(sys.executable, "-m", "tokenfactory.cli", "operator"),
+            *PROGRAM,
+            "operator",
             f"--namespace={SYSTEM_NAMESPACE}",
             "--lease-seconds=6",
         ]
         with (self.folder / "operator.log").open("ab") as output:
             self._operator = subprocess.Popen(
-                command, env=env | {"KUBECONFIG": str(kubeconfig)}, stdout=output, stderr=output
+                command, env=environment(KUBECONFIG=str(kubeconfig)), stdout=output, stderr=output
             )
 
     def stop_operator(self, *, kill: bool = False) -> None:

@@ -19,6 +19,7 @@ from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.compose import Composed, Options, compose
 from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.controller.plan.memory import Memory as PlanMemory
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
 from tokenfactory.kube.objects import KubeCondition, Node, NodeStatus, Pod, PodStatus, SchedulingGate, Taint
@@ -57,6 +58,7 @@ class SmallWorld:
         self.writes: list[act.Action] = []
         self.events: list[tuple[str, str]] = []
         self.renewals = 0
+        self.memory = PlanMemory()
 
     # --- people
 
@@ -104,6 +106,7 @@ class SmallWorld:
         return Snapshot(
             leadership=Leadership(self.term, clean_start=False),
             wall=self.now,
+            milliseconds=int((self.now - START).total_seconds() * 1000),
             domains=dict(self.objects[PowerDomain]),
             factories=dict(self.objects[TokenFactory]),
             sheets=dict(self.objects[CapSheet]),
@@ -120,12 +123,14 @@ class SmallWorld:
     # --- the operator
 
     def plan(self) -> Composed:
-        return compose(self.snapshot(), OPTIONS)
+        return compose(self.snapshot(), OPTIONS, self.memory)
 
     def operate(self, most_writes: int | None = None) -> int:
         """One round; dies after `most_writes`. Returns how many writes there were."""
         done = 0
-        for action in self.plan().plan.actions:
+        composed = self.plan()
+        self.memory = composed.memory
+        for action in composed.plan.actions:
             if most_writes is not None and done >= most_writes:
                 break
             self.take(action)

@@ -113,13 +113,13 @@ def test_an_operator_killed_after_any_write_ends_where_the_others_do(world: Smal
 def test_a_lost_node_stays_charged_and_its_replica_starts_elsewhere(world: SmallWorld):
     world.settle()
     victim = world.ready_pods()[0].spec.node_name
-    charged_before = world.plan().ledger.node_charge(victim)
+    charged_before = world.plan().books.ledger.node_charge(victim)
     world.agents[victim].alive = False
     for _ in range(30):
         world.others()
         world.operate()
         assert draw(world) <= 30_000_000
-    assert world.plan().ledger.node_charge(victim) >= charged_before
+    assert world.plan().books.ledger.node_charge(victim) >= charged_before
     assert domain(world).status.lost_nodes == 1
     running = [pod for pod in world.ready_pods() if not pod.metadata.deletion_timestamp]
     assert len(running) == 3

@@ -145,10 +145,7 @@ def find_model(world: World, label: str) -> tuple[TokenFactory, ModelSpec] | Non
 
 def model_hull(world: World, model: ModelSpec, product: str, low: int, high: int) -> Hull:
     """From the PowerProfile that is named or that fits, else from the catalogue."""
-    points = profile_points(world, model, product)
-    if not points:
-        size = catalogue.billions_in(model.nim.image.rsplit("/", 1)[-1])
-        points = catalogue.curve_of(product, size, maximum_milliwatts=high)
+    points = model_points(world, model, product, high)
     slo = model.slo
     requirement = Requirement(
         inter_token_milliseconds=float(parse_duration(slo.inter_token_latency))
@@ -162,6 +159,15 @@ def model_hull(world: World, model: ModelSpec, product: str, low: int, high: int
         maximum_milliwatts=high,
         gpus_per_replica=model.gpus_per_replica,
     )
+
+
+def model_points(world: World, model: ModelSpec, product: str, high: int = 0) -> tuple[Point, ...]:
+    """Measured points of a PowerProfile, else typical ones of the catalogue; empty for what nobody measured."""
+    points = profile_points(world, model, product)
+    if points:
+        return points
+    size = catalogue.billions_in(model.nim.image.rsplit("/", 1)[-1])
+    return catalogue.curve_of(product, size, maximum_milliwatts=high)
 
 
 def profile_points(world: World, model: ModelSpec, product: str) -> tuple[Point, ...]:

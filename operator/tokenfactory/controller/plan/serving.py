@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from tokenfactory.api import names
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.actions import Action, ApplyWorkload, DeleteWorkload
 from tokenfactory.controller.objects import Deployment, Service, says
+from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import WorkloadOptions, deployment, service, workload_name
 from tokenfactory.kube.resources import Key
 
-Replicas = Mapping[tuple[Key, str], int]
-"""(factory, model) → how many replicas are wanted."""
 
-
-def serve(world: World, replicas: Replicas, options: WorkloadOptions) -> list[Action]:
+def serve(world: World, staffing: Staffing, options: WorkloadOptions) -> list[Action]:
     actions: list[Action] = []
     wanted: set[Key] = set()
     for factory_key, factory in world.snapshot.factories.items():
@@ -25,7 +21,7 @@ def serve(world: World, replicas: Replicas, options: WorkloadOptions) -> list[Ac
         for model in factory.spec.models:
             key = (factory.metadata.namespace or "", workload_name(factory, model))
             wanted.add(key)
-            actions += _keep(world, factory, model, replicas[factory_key, model.name], key, options)
+            actions += _keep(world, factory, model, staffing.count(factory_key, model.name), key, options)
     there: list[Deployment | Service] = [
         *world.snapshot.deployments.values(),
         *world.snapshot.services.values(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
@@ -10,53 +10,45 @@ from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus, Waitin
 from tokenfactory.api.quantities import Milliwatts, parse_power_or_percent
 from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory, TokenFactoryStatus
 from tokenfactory.controller.actions import Action, WriteStatus
-from tokenfactory.controller.plan.bidding import Cleared
-from tokenfactory.controller.plan.domains import Grid
-from tokenfactory.controller.plan.placing import Unplaced
-from tokenfactory.controller.plan.status import (
-    at_most,
-    cap_range,
-    conditions,
-    decimal,
-    same,
-    turned,
-    watts,
-)
-from tokenfactory.controller.plan.verdicts import domain_verdicts, factory_verdicts
+from tokenfactory.controller.plan.books import Books
+from tokenfactory.controller.plan.recovering import Recovered
+from tokenfactory.controller.plan.status import at_most, cap_range, conditions, decimal, same, turned, watts
+from tokenfactory.controller.plan.verdicts import FactoryFacts, domain_verdicts, factory_verdicts
 from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.power.explain import explain
 from tokenfactory.planning.power.ledger import Ledger
-from tokenfactory.planning.power.publish import Wait
+
+Owner = tuple[str, str, str]
 
 
-def domain_status(
-    world: World, grid: Grid, ledger: Ledger, waits: Sequence[Wait], domain: PowerDomain
-) -> list[Action]:
-    name = domain.metadata.name
-    known = grid.domains.get(name)
-    charge, limit = ledger.charge(name) if known else 0, grid.limit(name)
-    lost = ledger.lost(name) if known else ()
+def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
+    name, world, ledger = domain.metadata.name, books.world, books.ledger
+    known = books.grid.domains.get(name)
+    if known is None:
+        return []
+    charge = ledger.charge(name)
     nodes = [host for host in world.hosts.values() if host.held and name in host.held.spec.path]
     sheet = world.snapshot.sheets.get(("", name))
-    verdicts = domain_verdicts(world, grid, ledger, name, lost)
+    generation = domain.metadata.generation
     status = PowerDomainStatus(
-        observed_generation=domain.metadata.generation,
+        observed_generation=generation,
         conditions=conditions(
-            domain.status.conditions, verdicts, domain.metadata.generation, world.snapshot.wall
+            domain.status.conditions, domain_verdicts(books, name), generation, world.snapshot.wall
         ),
-        limit=at_most(limit),
-        usable=at_most(known.usable_milliwatts) if known else "",
+        limit=at_most(books.grid.limit(name)),
+        usable=at_most(known.usable_milliwatts),
         charge=watts(charge),
         draw=watts(sum(host.held.status.draw_milliwatts for host in nodes if host.held)),
-        headroom=at_most(known.usable_milliwatts - charge) if known else "",
-        bound_by=grid.tree.domains[name].bound_by if known else "",
+        headroom=at_most(known.usable_milliwatts - charge),
+        bound_by=books.grid.tree.domains[name].bound_by,
         epoch=sheet.spec.epoch if sheet else 0,
         nodes=len(nodes),
         gpus=sum(host.gpu_count for host in nodes),
-        lost_nodes=len(lost),
+        lost_nodes=len(ledger.lost(name)),
         waiting=tuple(
             Waiting(what=wait.class_name, reason=wait.reason, message=str(wait)[:1024])
-            for wait in waits
+            for wait in books.waits
             if wait.domain == name
         )[:16],
     )
@@ -65,125 +57,112 @@ def domain_status(
     return [WriteStatus(domain, status, urgent=turned(domain.status.conditions, status.conditions))]
 
 
-def factory_status(
-    world: World,
-    grid: Grid,
-    ledger: Ledger,
-    cleared: Cleared | None,
-    desired: Mapping[str, int],
-    incidents: Sequence[Incident],
-    storm: str,
-    waiting: Sequence[Unplaced],
-    factory: TokenFactory,
-) -> list[Action]:
-    replicas = world.replicas_of(factory)
-    meters = _meters(world)
-    models = tuple(
-        _model_status(world, ledger, cleared, factory, model, desired[model.name], replicas, meters)
-        for model in factory.spec.models
-    )
-    ready = sum(model.ready for model in models)
-    wanted = sum(model.desired for model in models)
-    budget = _budget(grid, factory)
-    charge = sum(_class_charge(ledger, factory, model) for model in factory.spec.models)
-    rate, per_joule = _totals(replicas, meters)
-    metered = {
-        model.name: [
-            meters[replica.uid]
-            for replica in replicas
-            if replica.model.name == model.name and replica.uid in meters
-        ]
-        for model in factory.spec.models
-    }
+def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) -> list[Action]:
+    world, before = books.world, factory.status
+    facts = _facts(books, recovered, factory)
+    generation = factory.metadata.generation
+    energy = books.energy[key_of(factory)].last
+    scope = factory.spec.efficiency.scope if factory.spec.efficiency else "Node"
+    per_joule = energy.tokens_per_joule(scope) or _since_start(list(facts.meters.values()))
     status = TokenFactoryStatus(
-        observed_generation=factory.metadata.generation,
+        observed_generation=generation,
         conditions=conditions(
-            factory.status.conditions,
-            factory_verdicts(
-                factory,
-                grid,
-                ready,
-                wanted,
-                charge,
-                budget,
-                per_joule,
-                incidents,
-                storm,
-                waiting,
-                cleared,
-                metered,
-            ),
-            factory.metadata.generation,
-            world.snapshot.wall,
+            before.conditions, factory_verdicts(books, factory, facts), generation, world.snapshot.wall
         ),
-        budget=at_most(budget),
-        charge=watts(charge),
-        draw=watts(round(sum(_draw(world, replica) for replica in replicas))),
-        tokens_per_second=decimal(rate, 0),
+        budget=at_most(facts.budget_milliwatts),
+        charge=watts(facts.charge_milliwatts),
+        draw=watts(round(sum(_draw(world, replica) for replica in facts.replicas))),
+        tokens_per_second=decimal(sum(_rate(facts.metered(model)) for model in factory.spec.models), 0),
         tokens_per_joule=decimal(per_joule) if per_joule else "",
-        ready=f"{ready}/{wanted}",
-        models=models,
+        ready=f"{facts.ready}/{facts.desired}",
+        models=facts.models,
         waiting=tuple(
             Waiting(what=entry.replica.name, reason=entry.reason, message=entry.message[:1024])
-            for entry in waiting
+            for entry in facts.waiting
         )[:16],
-        incidents=tuple(incidents),
+        incidents=tuple(recovered.incidents),
     )
-    if same(status, factory.status):
+    if same(status, before):
         return []
-    urgent = (
-        turned(factory.status.conditions, status.conditions) or status.incidents != factory.status.incidents
-    )
+    urgent = turned(before.conditions, status.conditions) or _moved(before.incidents, status.incidents)
     return [WriteStatus(factory, status, urgent=urgent)]
 
 
-def _model_status(
-    world: World,
-    ledger: Ledger,
-    cleared: Cleared | None,
-    factory: TokenFactory,
-    model: ModelSpec,
-    desired: int,
-    replicas: Sequence[Replica],
-    meters: Mapping[str, PodMeter],
-) -> ModelStatus:
-    mine = [replica for replica in replicas if replica.model.name == model.name]
-    rate, per_joule = _totals(mine, meters)
-    owner = (factory.metadata.namespace or "", factory.metadata.name, model.name)
+def _moved(before: Sequence[Incident], after: Sequence[Incident]) -> bool:
+    """An incident's next step may only be taken once it is recorded: do not let it wait."""
+    return [(one.id, one.phase) for one in before] != [(one.id, one.phase) for one in after]
+
+
+def _facts(books: Books, recovered: Recovered, factory: TokenFactory) -> FactoryFacts:
+    world = books.world
+    replicas = world.replicas_of(factory)
+    uids = {replica.uid: replica for replica in replicas}
+    meters = {
+        meter.uid: meter
+        for host in world.hosts.values()
+        if host.held and not world.lost(host)
+        for meter in host.held.status.meters
+        if meter.uid in uids
+    }
+    facts = FactoryFacts(
+        replicas=replicas,
+        meters=meters,
+        models=(),
+        charge_milliwatts=sum(
+            _class_charge(books.ledger, _owner(factory, model)) for model in factory.spec.models
+        ),
+        budget_milliwatts=_budget(books, factory),
+        incidents=recovered.incidents,
+        storm=recovered.storm,
+        waiting=[entry for entry in books.unplaced if entry.replica.factory is factory],
+    )
+    models = tuple(_model_status(books, factory, model, facts) for model in factory.spec.models)
+    return facts.with_models(models)
+
+
+def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: FactoryFacts) -> ModelStatus:
+    owner = _owner(factory, model)
+    mine = [replica for replica in facts.replicas if replica.model.name == model.name]
+    metered = facts.metered(model)
+    per_joule = _since_start(metered)
     caps = {
         gpu.enforced_milliwatts
-        for host in world.hosts.values()
+        for host in books.world.hosts.values()
         if host.held
         for gpu in host.held.status.gpus
         if names.class_owner(gpu.class_name) == owner
     }
     return ModelStatus(
         name=model.name,
-        desired=desired,
+        desired=books.staffing.count(key_of(factory), model.name),
         ready=sum(replica.ready for replica in mine),
-        tokens_per_second=decimal(rate, 0),
+        tokens_per_second=decimal(_rate(metered), 0),
         tokens_per_joule=decimal(per_joule) if per_joule else "",
-        charge=watts(_class_charge(ledger, factory, model)),
+        charge=watts(_class_charge(books.ledger, owner)),
         cap=cap_range(caps),
-        bound_by=_bound_by(world, cleared, owner),
+        bound_by=_bound_by(books, owner),
     )
 
 
-def _bound_by(world: World, cleared: Cleared | None, owner: tuple[str, str, str]) -> str:
+def _owner(factory: TokenFactory, model: ModelSpec) -> Owner:
+    return (factory.metadata.namespace or "", factory.metadata.name, model.name)
+
+
+def _bound_by(books: Books, owner: Owner) -> str:
     """What binds it where its cap is lowest."""
-    if cleared is None:
+    if books.cleared is None:
         return ""
-    clearing = cleared.settled.clearing
+    clearing = books.cleared.settled.clearing
     forest, goods = clearing.market.forest, clearing.market.order.goods
     places = {
-        (host.held.spec.path[-1], grant.class_name)
-        for host in world.hosts.values()
+        (host.held.spec.path[-1], granted.class_name)
+        for host in books.world.hosts.values()
         if host.held is not None and host.held.spec.path
-        for grant in host.grants
-        if names.class_owner(grant.class_name) == owner
+        for granted in host.grants
+        if names.class_owner(granted.class_name) == owner
     }
     found = [
-        explain(clearing, domain, label, cleared.settled.adders)
+        explain(clearing, domain, label, books.cleared.settled.adders)
         for domain, label in sorted(places)
         if domain in forest.index and label in goods.index
     ]
@@ -193,42 +172,33 @@ def _bound_by(world: World, cleared: Cleared | None, owner: tuple[str, str, str]
     return lowest.message[:253]
 
 
-def _class_charge(ledger: Ledger, factory: TokenFactory, model: ModelSpec) -> int:
+def _class_charge(ledger: Ledger, owner: Owner) -> int:
     """What the ledger charges for this model's GPUs, wherever they may be drawing."""
-    owner = (factory.metadata.namespace, factory.metadata.name, model.name)
     total = 0
-    for entry in ledger.entries.values():
-        for demand in (*entry.line.demands, *entry.line.pending):
+    for line, nodes in ledger.lines.items():
+        for demand in line.demands:
             if names.class_owner(demand.class_name) == owner:
-                total += demand.count * demand.each(ledger.highest(entry.line, demand.class_name))
+                total += demand.charge(ledger.highest(line, demand.class_name)) * len(nodes)
     return total
 
 
-def _budget(grid: Grid, factory: TokenFactory) -> int:
-    domain = grid.domains.get(factory.spec.power.domain)
+def _budget(books: Books, factory: TokenFactory) -> int:
+    domain = books.grid.domains.get(factory.spec.power.domain)
     usable = domain.usable_milliwatts if domain else 0
     if factory.spec.power.budget is None:
         return usable
-    limit = grid.limit(factory.spec.power.domain)
-    return min(usable, parse_power_or_percent(factory.spec.power.budget, Milliwatts(limit)))
+    limit = Milliwatts(books.grid.limit(factory.spec.power.domain))
+    return min(usable, parse_power_or_percent(factory.spec.power.budget, limit))
 
 
-def _meters(world: World) -> dict[str, PodMeter]:
-    return {
-        meter.uid: meter
-        for host in world.hosts.values()
-        if host.held and not world.lost(host)
-        for meter in host.held.status.meters
-    }
+def _since_start(meters: Sequence[PodMeter]) -> float:
+    """Until the first window of the whole factory is full: all tokens over all joules of its GPUs."""
+    joules = sum(meter.millijoules for meter in meters) / 1000
+    return sum(meter.generated_tokens for meter in meters) / joules if joules else 0.0
 
 
-def _totals(replicas: Sequence[Replica], meters: Mapping[str, PodMeter]) -> tuple[float, float]:
-    """(tokens per second, tokens per joule) over the replicas that are metered."""
-    mine = [meters[replica.uid] for replica in replicas if replica.uid in meters]
-    rate = sum(meter.tokens_per_kilosecond for meter in mine) / 1000
-    joules = sum(meter.millijoules for meter in mine) / 1000
-    tokens = sum(meter.generated_tokens for meter in mine)
-    return rate, tokens / joules if joules else 0.0
+def _rate(meters: Sequence[PodMeter]) -> float:
+    return sum(meter.tokens_per_kilosecond for meter in meters) / 1000
 
 
 def _draw(world: World, replica: Replica) -> float:

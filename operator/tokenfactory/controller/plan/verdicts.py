@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.quantities import parse_decimal, parse_duration
-from tokenfactory.api.token_factory import Incident, TokenFactory
-from tokenfactory.controller.plan.bidding import Cleared
-from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory
+from tokenfactory.controller.plan.admitting import refusals
+from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.status import Verdict, watts
-from tokenfactory.controller.plan.world import World
-from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.kube.resources import key_of
+from tokenfactory.planning.efficiency.operating_point import OperatingPoint
+from tokenfactory.planning.efficiency.verdict import Situation, judge_efficiency
 
 
-def domain_verdicts(
-    world: World, grid: Grid, ledger: Ledger, name: str, lost: Sequence[str]
-) -> dict[str, Verdict]:
-    if name in grid.problems:
-        reason, message = grid.problems[name]
-        if name not in grid.domains:
-            return dict.fromkeys(("Compliant", "Enforced", "Feasible"), (False, reason, message))
+@dataclass(frozen=True)
+class FactoryFacts:
+    """One factory in figures."""
+
+    replicas: Sequence[Replica]
+    meters: Mapping[str, PodMeter]
+    """By pod UID; of agents that are heard."""
+    models: tuple[ModelStatus, ...]
+    charge_milliwatts: int
+    budget_milliwatts: int
+    incidents: Sequence[Incident]
+    storm: str
+    waiting: Sequence[Unplaced]
+
+    @property
+    def ready(self) -> int:
+        return sum(model.ready for model in self.models)
+
+    @property
+    def desired(self) -> int:
+        return sum(model.desired for model in self.models)
+
+    def with_models(self, models: tuple[ModelStatus, ...]) -> FactoryFacts:
+        return replace(self, models=models)
+
+    def metered(self, model: ModelSpec) -> list[PodMeter]:
+        return [
+            self.meters[replica.uid]
+            for replica in self.replicas
+            if replica.model.name == model.name and replica.uid in self.meters
+        ]
+
+
+def domain_verdicts(books: Books, name: str) -> dict[str, Verdict]:
+    world, grid, ledger = books.world, books.grid, books.ledger
+    lost = ledger.lost(name)
     known = grid.domains[name]
     charge = ledger.charge(name)
     if charge <= known.usable_milliwatts:
@@ -85,88 +117,95 @@ def _behind(world: World, domain: str) -> list[str]:
     return found
 
 
-def factory_verdicts(
-    factory: TokenFactory,
-    grid: Grid,
-    ready: int,
-    wanted: int,
-    charge: int,
-    budget: int,
-    per_joule: float,
-    incidents: Sequence[Incident],
-    storm: str,
-    waiting: Sequence[Unplaced],
-    cleared: Cleared | None,
-    metered: Mapping[str, Sequence[PodMeter]],
-) -> dict[str, Verdict]:
-    domain = factory.spec.power.domain
-    if domain not in grid.domains:
-        missing = (
-            f"power domain {domain} does not exist or cannot be used: create it, or correct spec.power.domain"
-        )
-        is_ready: Verdict = (False, "NoDomain", missing)
-    elif ready >= wanted:
-        is_ready = (True, "AllReady", f"all {wanted} replicas serve")
-    else:
-        first = f"; {waiting[0].replica.name}: {waiting[0].message}" if waiting else ""
-        is_ready = (
-            False,
-            waiting[0].reason if waiting else "Starting",
-            f"{ready} of {wanted} replicas serve{first}",
-        )
-    within: Verdict = (True, "WithinBudget", "its charge fits its budget")
-    if charge > budget:
-        within = (False, "OverBudget", f"it may draw {watts(charge - budget)} more than its budget")
-    efficiency = _efficiency(factory, cleared, per_joule)
-    open_incidents = [incident for incident in incidents if incident.phase != "Closed"]
-    recovered: Verdict = (True, "NoIncident", "nothing is being recovered")
-    if storm:
-        recovered = (False, "Storm", storm)
-    elif open_incidents:
-        one = open_incidents[0]
-        recovered = (
-            False,
-            one.phase,
-            f"{len(open_incidents)} open; {one.pod} of {one.model} on {one.node}: {one.phase}",
-        )
+def factory_verdicts(books: Books, factory: TokenFactory, facts: FactoryFacts) -> dict[str, Verdict]:
     return {
-        "Ready": is_ready,
-        "WithinBudget": within,
-        "EfficiencyMet": efficiency,
-        "SLOMet": _slo(factory, metered),
-        "Recovered": recovered,
+        "Ready": _ready(books, factory, facts),
+        "WithinBudget": _within(facts),
+        "EfficiencyMet": _efficiency(books, factory, facts),
+        "SLOMet": _slo(factory, facts),
+        "Recovered": _recovered(facts),
     }
 
 
-def _efficiency(factory: TokenFactory, cleared: Cleared | None, per_joule: float) -> Verdict:
-    """Measured against the target; where caps alone cannot meet it, what comes nearest."""
-    if factory.spec.efficiency is None:
-        return (True, "NoTarget", "no target is set")
-    target = float(parse_decimal(factory.spec.efficiency.tokens_per_joule))
-    floor = cleared.floors.get(f"{factory.metadata.namespace}/{factory.metadata.name}") if cleared else None
-    if floor is not None and not floor.met:
-        best = floor.reached.tokens_per_joule
-        message = (
-            f"its profiles promise {best:.3g} tokens per joule at their most efficient point, and the target is "
-            f"{target:g}: it runs at that point; lower the target to {best:.3g}, or serve on a more efficient product"
+def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
+    domain = factory.spec.power.domain
+    if domain not in books.grid.domains:
+        missing = (
+            f"power domain {domain} does not exist or cannot be used: create it, or correct spec.power.domain"
         )
-        return (False, "BeyondBestPoint", message)
-    if not per_joule:
-        return (None, "NotMeasured", "no tokens were counted yet")
-    if per_joule >= target:
-        return (True, "TargetMet", f"measured since each replica started; the target is {target:g}")
-    message = (
-        f"the target of {target:g} tokens per joule is not met yet: fewer replicas would serve the same traffic with "
-        f"fewer watts (spec.models[].replicas.min)"
+        return (False, "NoDomain", missing)
+    refused = [
+        f"{model.name}: {why}"
+        for model in factory.spec.models
+        if (why := refusals(books.world, books.grid.tree, factory, model).get(domain))
+    ]
+    if refused:
+        return (False, "NotAdmitted", "; ".join(refused))
+    if facts.ready >= facts.desired:
+        return (True, "AllReady", f"all {facts.desired} replicas serve")
+    counted = f"{facts.ready} of {facts.desired} replicas serve"
+    if facts.waiting:
+        first = facts.waiting[0]
+        return (False, first.reason, f"{counted}; {first.replica.name}: {first.message}")
+    return (False, "Starting", counted)
+
+
+def _within(facts: FactoryFacts) -> Verdict:
+    over = facts.charge_milliwatts - facts.budget_milliwatts
+    if over > 0:
+        return (False, "OverBudget", f"it may draw {watts(over)} more than its budget")
+    return (True, "WithinBudget", "its charge fits its budget")
+
+
+def _recovered(facts: FactoryFacts) -> Verdict:
+    if facts.storm:
+        return (False, "Storm", facts.storm)
+    still_open = [incident for incident in facts.incidents if incident.phase != "Closed"]
+    if not still_open:
+        return (True, "NoIncident", "nothing is being recovered")
+    one = still_open[0]
+    return (False, one.phase, f"{len(still_open)} open; {one.pod} of {one.model} on {one.node}: {one.phase}")
+
+
+def _efficiency(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
+    """Measured over the last window against the target, with the nearest fix where it is missed."""
+    target = factory.spec.efficiency
+    floor = (
+        books.cleared.floors.get(f"{factory.metadata.namespace}/{factory.metadata.name}")
+        if books.cleared
+        else None
     )
-    return (False, "BelowTarget", message)
+    situation = Situation(
+        concurrency=_mean([meter.running for model in factory.spec.models for meter in facts.metered(model)]),
+        best_concurrency=max((point.concurrency for point in _points(books, factory)), default=0),
+        replicas=facts.ready,
+        min_replicas=sum(model.replicas.min for model in factory.spec.models),
+        best_tokens_per_joule=floor.reached.tokens_per_joule if floor and not floor.met else None,
+    )
+    judged = judge_efficiency(
+        float(parse_decimal(target.tokens_per_joule)) if target else None,
+        target.scope if target else "Node",
+        books.energy[key_of(factory)].last,
+        situation,
+    )
+    return ({"True": True, "False": False}.get(judged.status), judged.reason, judged.message)
 
 
-def _slo(factory: TokenFactory, metered: Mapping[str, Sequence[PodMeter]]) -> Verdict:
+def _points(books: Books, factory: TokenFactory) -> list[OperatingPoint]:
+    decisions = books.staffing.decisions
+    found = [decisions[key_of(factory), model.name].point for model in factory.spec.models]
+    return [point for point in found if point is not None]
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _slo(factory: TokenFactory, facts: FactoryFacts) -> Verdict:
     """The worst replica of each model counts: its users wait for it."""
     asked, broken, unknown = 0, [], []
     for model in factory.spec.models:
-        meters = metered.get(model.name, ())
+        meters = facts.metered(model)
         first = max((float(meter.time_to_first_token_ms) for meter in meters), default=0.0)
         between = max((meter.inter_token_latency_us / 1000 for meter in meters), default=0.0)
         promises = (

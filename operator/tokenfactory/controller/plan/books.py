@@ -1,0 +1,28 @@
+"""Everything that one round has worked out, for those who act on it and those who tell of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenfactory.controller.plan.bidding import Cleared
+from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.memory import EnergyWindow
+from tokenfactory.controller.plan.placing import Unplaced
+from tokenfactory.controller.plan.replicating import Staffing
+from tokenfactory.controller.plan.world import World
+from tokenfactory.kube.resources import Key
+from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.publish import Wait
+
+
+@dataclass(frozen=True)
+class Books:
+    world: World
+    grid: Grid
+    ledger: Ledger
+    cleared: Cleared | None
+    waits: Sequence[Wait]
+    staffing: Staffing
+    energy: Mapping[Key, EnergyWindow]
+    unplaced: Sequence[Unplaced]

@@ -1,0 +1,36 @@
+"""What one plan tells the next: smoothed loads, energy windows, caps on their way up.
+
+All of it may be lost: a restarted operator then waits one window longer before it takes anything away or gives
+anything back. Nothing that safety needs is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenfactory.kube.resources import Key
+from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
+from tokenfactory.planning.efficiency.verdict import Counter, Energy
+from tokenfactory.planning.power.steps import Held
+
+
+@dataclass(frozen=True)
+class EnergyWindow:
+    """A factory's counters at the beginning of the window that runs, and the last whole one."""
+
+    began_milliseconds: int
+    counters: Mapping[str, Counter]
+    overhead_millijoules: int = 0
+    """Gathered so far: its share of its nodes' other draw."""
+    facility_millijoules: int = 0
+    seen_milliseconds: int = 0
+    last: Energy = field(default_factory=lambda: Energy(0.0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Memory:
+    replicas: Mapping[tuple[Key, str], ReplicaMemory] = field(default_factory=dict)
+    energy: Mapping[Key, EnergyWindow] = field(default_factory=dict)
+    caps: Mapping[tuple[str, str], Held] = field(default_factory=dict)
+    """By (domain, class)."""
