@@ -35,6 +35,8 @@ SPENT = 0.999998
 LEAST_SPENT = 0.99995
 TURNS = 15
 SPLITS = 40
+# A purse whose delay moves by less from turn to turn does not take part when several are moved together.
+STANDS_STILL = TURN // 500
 # More than any piece is worth, in a stage's entry of a price.
 PROHIBITIVE = 1 << 50
 
@@ -98,11 +100,14 @@ def settle(
     site = _Site(forest, goods, fleet, committed, limits, price_floors)
     adders: dict[str, Adder] = {}
     clearing = site.clear(adders)
+    found: dict[str, Adder] = {}
     for turn in range(2 * TURNS):
         moved = [p for p in purses if _take_turn(site, adders, p, may_fall=turn < TURNS)]
         if not moved:
             break
-        for together in _coupled(goods, adders, moved) if turn else ():
+        chasing = [p for p in moved if _apart(found.get(p.name), adders.get(p.name)) > STANDS_STILL]
+        found = dict(adders)
+        for together in _coupled(goods, adders, chasing) if turn else ():
             _move_together(site, adders, together, may_fall=turn < TURNS)
     clearing = site.clear(adders)
     # Should the turns not have come to an end, a purse buys nothing rather than too much. What it leaves may
@@ -125,6 +130,13 @@ def _take_turn(site: _Site, adders: dict[str, Adder], purse: Purse, *, may_fall:
     if found is not None:
         adders[purse.name] = found
     return found != before
+
+
+def _apart(one: Adder | None, other: Adder | None) -> int:
+    """How far two prices of a purse are from each other, in delay; a whole turn if they differ in more."""
+    if one is None or other is None or one.price != other.price:
+        return 0 if one is other else TURN
+    return abs(one.delay - other.delay)
 
 
 def _coupled(goods: Goods, adders: Mapping[str, Adder], moved: list[Purse]) -> list[list[Purse]]:

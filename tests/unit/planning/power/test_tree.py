@@ -80,6 +80,9 @@ class TestTimetable:
             (peak("01:00", "02:00", "75%"), datetime(2026, 10, 25, 0, 0, tzinfo=UTC), True),
             (peak("01:00", "02:00", "75%"), datetime(2026, 10, 25, 1, 59, tzinfo=UTC), True),
             (peak("01:00", "02:00", "75%"), datetime(2026, 10, 25, 2, 0, tzinfo=UTC), False),
+            # And it ends with the second 01:30 of that night.
+            (peak("00:00", "01:30", "75%"), datetime(2026, 10, 25, 1, 15, tzinfo=UTC), True),
+            (peak("00:00", "01:30", "75%"), datetime(2026, 10, 25, 1, 30, tzinfo=UTC), False),
             # A zone nobody knows: down is safe.
             (peak("01:00", "02:00", "75%", zone="Mars/Olympus"), NOON, True),
         ],
