@@ -176,9 +176,9 @@ def _class_charge(ledger: Ledger, owner: Owner) -> int:
     """What the ledger charges for this model's GPUs, wherever they may be drawing."""
     total = 0
     for line, nodes in ledger.lines.items():
-        for demand in line.demands:
+        for demand in (*line.demands, *line.pending):
             if names.class_owner(demand.class_name) == owner:
-                total += demand.charge(ledger.highest(line, demand.class_name)) * len(nodes)
+                total += demand.count * demand.each(ledger.highest(line, demand.class_name)) * len(nodes)
     return total
 
 
