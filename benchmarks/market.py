@@ -248,7 +248,7 @@ def main() -> int:
         clearing, above = measure(report, label, gpus, cold_goal, "<= 0.005")
         if label != "1m" or not quick():
             beside_highs(report, label, clearing, above)
-        if label == "16k" or not quick():
+        if label == "16k" or (label == "131k" and not quick()):
             budgets_across(report, label, clearing)
     return report.show()
 

@@ -35,6 +35,7 @@ SPENT = 0.999998
 LEAST_SPENT = 0.99995
 TURNS = 15
 SPLITS = 40
+CUT_STEPS = 50
 # A purse whose delay moves by less from turn to turn does not take part when several are moved together.
 STANDS_STILL = TURN // 500
 # More than any piece is worth, in a stage's entry of a price.
@@ -258,3 +259,30 @@ def _turning_prices(goods: Goods, others: Mapping[str, Adder], members: BoolArra
     rest = distinct(np.concatenate(([0], net[~mine])))
     found = distinct(distinct(net[mine])[:, None] - rest[None, :])
     return found if stage else found[found >= 0]
+
+
+def cut_at_root(clearing: Clearing, purse: Purse) -> dict[int, int]:
+    """Caps (milliwatts by class index) that bring a purse within its budget by one write to the root's sheet.
+
+    For a budget that was just lowered: all its classes are cut to one level of the order of buying, wherever
+    they stand, with every other sheet as it is. The better split follows with the next clearing.
+    """
+    order, fleet = clearing.market.order, clearing.market.fleet
+    mine = np.flatnonzero(purse.members[fleet.class_index])
+    classes, gpus, now = fleet.class_index[mine], fleet.gpus[mine], clearing.caps[mine]
+
+    def caps_at(numbers: IntArray, level: float) -> IntArray:
+        cell = np.full(numbers.size, int(level), dtype=np.int64)
+        return order.caps_at(numbers, cell, np.full(numbers.size, level - int(level)))
+
+    def spent(level: float) -> int:
+        return int((np.minimum(now, caps_at(classes, level)) * gpus).sum())
+
+    low, high = 0.0, float(order.cells)
+    if spent(high) <= purse.milliwatts:
+        return {}
+    for _ in range(CUT_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) <= purse.milliwatts else (low, middle)
+    members = np.flatnonzero(purse.members)
+    return dict(zip(members.tolist(), caps_at(members, low).tolist(), strict=True))

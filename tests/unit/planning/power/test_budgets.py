@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.unit.planning.power import oracle, worlds
 
-from tokenfactory.planning.power.budgets import Purse, settle
+from tokenfactory.planning.power.budgets import Purse, cut_at_root, settle
 
 
 def random_purses(market, limits, rng):
@@ -96,3 +98,24 @@ def test_a_factory_that_pays_more_in_a_crowded_hall_moves_its_watts_to_the_empty
     settled = settle(forest, goods, fleet, np.zeros(3, dtype=np.int64), limits, (purse,))
     # 20 GPUs with 4 kW: the empty hall's 10 at 300 W, the crowded hall's at 100 W and the rival at 300 W.
     assert settled.clearing.caps.tolist() == pytest.approx([100_000, 300_000, 300_000], abs=200)
+
+
+@given(st.integers(0, 10**9), st.floats(0.0, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_a_lowered_budget_lands_with_one_write_to_the_roots_sheet(seed, share):
+    market, limits = worlds.random_world(seed, factories=("a", "b"), bands=(100, 10))
+    goods, fleet = market.order.goods, market.fleet
+    members = np.array([c.factory == "a" for c in goods.classes], dtype=bool)
+    clearing = market.clear(limits)
+    mine = members[fleet.class_index]
+    least = int((fleet.gpus * goods.minimum[fleet.class_index])[mine].sum())
+    freely = int((fleet.gpus * clearing.caps)[mine].sum())
+    budget = least + int((freely - least) * share)
+    cut = cut_at_root(clearing, Purse("a", members, budget))
+    assert set(cut) <= set(np.flatnonzero(members).tolist())
+    ceiling = np.array([cut.get(int(c), 10**9) for c in fleet.class_index], dtype=np.int64)
+    after = np.minimum(clearing.caps, ceiling)
+    assert int((fleet.gpus * after)[mine].sum()) <= budget
+    assert (after[~mine] == clearing.caps[~mine]).all()
+    # No deeper than it has to be: what rounding leaves is less than a milliwatt per GPU and cell.
+    assert int((fleet.gpus * after)[mine].sum()) >= budget - 2 * int(fleet.gpus[mine].sum()) - 1
