@@ -49,7 +49,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Prometheus and probes; -1: none."""
     pod_resources: str = KUBELET_SOCKET
     boot_id_file: str = str(BOOT_ID)
-    heartbeat_seconds: float = 10.0
+    heartbeat_seconds: float = 5.0
     metering: bool = True
     scrape_loopback: bool = False
     """Read model servers on loopback: for tests and demos."""

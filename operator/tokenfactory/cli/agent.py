@@ -39,7 +39,7 @@ def agent(
     boot_id_file: Annotated[str, typer.Option(help="What tells one boot from another.")] = (
         "/proc/sys/kernel/random/boot_id"
     ),
-    heartbeat_seconds: Annotated[float, typer.Option(help="How often the heartbeat is renewed.")] = 10.0,
+    heartbeat_seconds: Annotated[float, typer.Option(help="How often the heartbeat is renewed.")] = 5.0,
     metering: Annotated[bool, typer.Option(help="Read tokens and latencies from the model servers.")] = True,
     scrape_loopback: Annotated[
         bool, typer.Option(help="Read model servers on loopback as well: for tests and demos.")
