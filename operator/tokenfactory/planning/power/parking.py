@@ -6,7 +6,7 @@ of the same watts. Per class and binding domain, as many replicas stay as the gr
 of the stretch; what is left over goes back to the market.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,9 +32,15 @@ class Parking:
         return self.clearing.value()
 
 
-def park(clearing: Clearing) -> Parking:
-    """Parks replicas until no class that should not be is caught on a stretch that a GPU cannot use."""
+def park(clearing: Clearing, clear: Callable[[Market], Clearing] | None = None) -> Parking:
+    """Parks replicas until no class that should not be is caught on a stretch that a GPU cannot use.
+
+    `clear` clears the market of what keeps running; with purses it must be one that settles them anew
+    (`budgets.settle`), since fewer GPUs may spend more each. Default: the same order, the same limits.
+    """
     market = clearing.market
+    limits = clearing.limits
+    clear_again = clear or (lambda running: running.clear(limits))
     classes, fleet = market.order.goods.classes, market.fleet
     parked = np.zeros(fleet.gpus.size, dtype=np.int64)
     may_park = _may_park(classes, fleet)
@@ -43,7 +49,7 @@ def park(clearing: Clearing) -> Parking:
         if not more.any():
             break
         parked += more
-        clearing = _running(market, parked).clear(clearing.limits)
+        clearing = clear_again(_running(market, parked))
     names = market.forest.names
     replicas = {
         (names[int(fleet.domain[pair])], classes[int(fleet.class_index[pair])].name): int(

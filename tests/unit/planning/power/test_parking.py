@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tests.unit.planning.power import oracle, worlds
 
+from tokenfactory.planning.power.budgets import Purse, settle
 from tokenfactory.planning.power.goods import PowerClass
 from tokenfactory.planning.power.parking import park
 
@@ -147,3 +148,26 @@ def test_the_fewest_replicas_asked_for_are_never_drained():
 def test_where_the_curve_is_good_enough_nobody_is_parked():
     plan = small(tokens=(5.0, 10.0), curve=((100_000, 5.0), (150_000, 6.0), (300_000, 10.0)))
     assert plan.parked == {}
+
+
+def test_parking_keeps_within_a_budget_across_the_tree():
+    for seed in range(5):
+        market, limits = world(seed, 100)
+        goods, fleet = market.order.goods, market.fleet
+        members = np.array([i % 2 == 0 for i in range(len(goods.classes))])
+        mine = members[fleet.class_index]
+        least = int((fleet.gpus * goods.minimum[fleet.class_index])[mine].sum())
+        freely = int((fleet.gpus * market.clear(limits).caps)[mine].sum())
+        purse = Purse("even", members, (least + freely) // 2)
+
+        def settled(running, purse=purse, limits=limits, mine=mine, fleet=fleet, goods=goods):
+            parked = fleet.gpus - running.fleet.gpus
+            owed = int((parked * goods.minimum[fleet.class_index])[mine].sum())
+            left = Purse(purse.name, purse.members, purse.milliwatts - owed)
+            return settle(running.forest, goods, running.fleet, running.committed, limits, (left,)).clearing
+
+        plan = park(settled(market), settled)
+        running = plan.clearing.market.fleet.gpus
+        spent = running * plan.clearing.caps + (fleet.gpus - running) * goods.minimum[fleet.class_index]
+        assert int(spent[mine].sum()) <= purse.milliwatts
+        assert (plan.clearing.drawn <= limits).all()
