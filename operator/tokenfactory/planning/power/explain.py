@@ -10,7 +10,7 @@ from tokenfactory.planning.power.goods import Adder, PowerClass
 from tokenfactory.planning.power.market import Clearing
 from tokenfactory.planning.power.tree import Problem
 
-Bound = Literal["Nothing", "Domain", "Budget", "Minimum"]
+Bound = Literal["Nothing", "Domain", "Budget", "Efficiency", "Minimum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Explanation:
     cap_milliwatts: int
     bound: Bound
     bound_by: str
-    """The domain or the purse that bound it; empty if nothing did."""
+    """The domain, the purse or the factory that bound it; empty if nothing did."""
     band: int
     """The band at whose watts the binding domain's limit fell."""
     price: float
@@ -46,9 +46,10 @@ def explain(
     purses = [name for name, a in (adders or {}).items() if a.members[number]]
     everything = int(order.caps[number, -1])
     if cap >= everything:
-        if everything < each.milliwatts[-1] and purses:
+        useful = _useful(each)
+        if everything < useful and purses:
             return said.budget(purses[0])
-        return said.nothing()
+        return said.efficiency() if everything < useful else said.nothing()
     stage = int(order.cell_stage[min(cell, order.cells - 1)])
     band = goods.band_of_stage(stage)
     price = float(order.cell_ticks[min(cell, order.cells - 1)]) * goods.value_per_tick * 1000
@@ -56,6 +57,13 @@ def explain(
     if clearing.budget[binding] < 0:
         return said.minimum(name, -int(clearing.budget[binding]))
     return said.domain(name, band, price, for_slo=goods.is_floor_stage(stage))
+
+
+def _useful(each: PowerClass) -> int:
+    """The lowest cap at which a class makes all the tokens it can: what lies above is not for sale."""
+    best = max(each.values)
+    first = next(w for w, v in zip(each.milliwatts, each.values, strict=True) if v >= best)
+    return max(first, each.milliwatts[each.floor])
 
 
 def explain_gpu(
@@ -92,6 +100,12 @@ class _Words:
     def budget(self, purse: str) -> Explanation:
         message = f"the budget of {purse} is spent: it holds this class at {_watts(self.cap)}"
         return self._say("Budget", purse, self.each.band, 0.0, message)
+
+    def efficiency(self) -> Explanation:
+        message = (
+            f"the efficiency target of {self.each.factory} leaves out what lies above {_watts(self.cap)}"
+        )
+        return self._say("Efficiency", self.each.factory, self.each.band, 0.0, message)
 
     def minimum(self, domain: str, missing: int) -> Explanation:
         message = (

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.unit.planning.power import worlds
 
 from tokenfactory.planning.power import efficiency, explain, steps
+from tokenfactory.planning.power.budgets import Purse, settle
 from tokenfactory.planning.power.goods import PowerClass
 from tokenfactory.planning.power.parking import park
 from tokenfactory.planning.power.steps import Held, Patience, Step
@@ -180,6 +181,21 @@ class TestExplain:
 
     def test_nothing_binds_a_class_that_has_all_it_can_use(self):
         assert explain.explain(hall(7000), "hall", "high").bound == "Nothing"
+
+    def test_an_efficiency_target_and_a_budget_are_named_when_they_bind(self):
+        clearing = hall(8000)
+        market = clearing.market
+        goods = market.order.goods
+        order = worlds.put_in_order(goods, price_floors={goods.factories.index("low"): 1.0})
+        frugal = worlds.Market(market.forest, order, market.fleet, market.committed).clear(clearing.limits)
+        found = explain.explain(frugal, "hall", "low")
+        assert (found.bound, found.bound_by, found.cap_milliwatts) == ("Efficiency", "low", 200 * W)
+        members = np.array([c.name == "low" for c in goods.classes])
+        purse = Purse("low's budget", members, 3000 * W)
+        settled = settle(market.forest, goods, market.fleet, market.committed, clearing.limits, (purse,))
+        found = explain.explain(settled.clearing, "hall", "low", settled.adders)
+        assert (found.bound, found.bound_by) == ("Budget", "low's budget")
+        assert found.cap_milliwatts == pytest.approx(300 * W, abs=10)
 
     def test_a_domain_below_its_minimum_says_how_much_is_missing(self):
         found = explain.explain(hall(1900), "hall", "high")
