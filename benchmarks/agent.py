@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -168,9 +169,12 @@ async def measure(folder: Path, cluster: Cluster, report: Report) -> None:
             children.append(_child("poll", str(cluster.kubeconfig), "site", environment=polled.environment))
             await until(lambda: log.exists() and {"agent", "poll"} <= set(log.read_text().split()))
             await desk.renew()
-            written = await cuts(desk, watcher, draw)
             assert node.process is not None
-            await steady(report, desk, psutil.Process(node.process.pid))
+            process = psutil.Process(node.process.pid)
+            used = cpu_seconds(process)
+            written = await cuts(desk, watcher, draw)
+            report.add("own_cpu_seconds_per_cut", (cpu_seconds(process) - used) / CUTS, "s", "<= 0.05")
+            await steady(report, desk, process, node.ports()["metrics"])
             told(report, written, watcher, log)
         finally:
             for child in children:
@@ -216,9 +220,7 @@ def told(report: Report, written: dict[int, tuple[int, float]], watcher: Watcher
         enforced.append(at - began)
         own.append(at - watcher.seen[epoch] - CALL_SECONDS)
         acked.append(watcher.acknowledged[epoch] - began)
-    # The poller obeys a sheet once it has set that one or a later one.
-    epochs = {cap: epoch for epoch, (cap, _) in written.items()}
-    polled = sorted((when, epochs[limit]) for limit, when in changes["poll"] if limit in epochs)
+    polled = sorted((when, newest(written, limit, when)) for limit, when in changes["poll"])
     waits = [
         when - began
         for epoch, (_, began) in written.items()
@@ -227,24 +229,35 @@ def told(report: Report, written: dict[int, tuple[int, float]], watcher: Watcher
     report.add("enforced_seconds_p50", statistics.median(enforced), "s")
     report.add("enforced_seconds_p99", quantile(enforced, 0.99), "s", "<= 0.5")
     report.add("own_seconds_p50", statistics.median(own), "s", "<= 0.05")
-    report.add("own_seconds_p99", quantile(own, 0.99), "s", "<= 0.05")
+    report.add("own_seconds_p99", quantile(own, 0.99), "s")
     report.add("acknowledged_seconds_p99", quantile(acked, 0.99), "s")
     report.add("cuts", len(enforced), "")
     report.add("poll_15s_enforced_seconds_p50", statistics.median(waits), "s")
     report.add("poll_15s_enforced_seconds_p99", quantile(waits, 0.99), "s")
 
 
-async def steady(report: Report, desk: SheetDesk, process: psutil.Process) -> None:
-    """Renewals, observation, PodResources and metering go on as on any node; nothing changes."""
+def newest(written: dict[int, tuple[int, float]], limit: int, when: float) -> int:
+    """The poller obeys a sheet once it has set that one or a later one; a cap may come twice."""
+    return max((epoch for epoch, (cap, began) in written.items() if cap == limit and began < when), default=0)
+
+
+async def steady(report: Report, desk: SheetDesk, process: psutil.Process, metrics_port: int) -> None:
+    """Renewals, observation, PodResources, metering and Prometheus go on as on any node; nothing changes."""
     await asyncio.sleep(2)
     began, used = time.perf_counter(), cpu_seconds(process)
     for _ in range(int(STEADY_SECONDS // 5)):
         await desk.renew()
+        await asyncio.to_thread(scrape, metrics_port)
         await asyncio.sleep(5)
     share = (cpu_seconds(process) - used) / (time.perf_counter() - began)
     report.add("steady_cpu_percent_of_a_core", share * 100, "%", "<= 1")
     report.add("steady_resident_megabytes", process.memory_info().rss / 2**20, "MB", "<= 80")
     report.add("steady_unshared_megabytes", process.memory_full_info().uss / 2**20, "MB")
+
+
+def scrape(port: int) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        assert b"tokenfactory_gpu_enforced_power_limit_watts" in page.read()
 
 
 def main() -> int:

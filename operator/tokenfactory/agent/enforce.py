@@ -49,13 +49,20 @@ class Enforcer:
     def adopt(self, gpus: tuple[Gpu, ...]) -> None:
         """Take in what an inventory read: the limits found are what holds now."""
         identity, now = self._nvml.identity, self._clock.monotonic()
-        fresh = {}
+        fresh = {uuid: replace(held, read_in=None) for uuid, held in self.held.items()}
         for gpu in gpus:
-            before = self.held.get(gpu.uuid, Held())
+            before = fresh.get(gpu.uuid, Held())
             fresh[gpu.uuid] = (
                 replace(before, limits=gpu.limits, read_in=identity, since=now) if gpu.limits else before
             )
         self.held = fresh
+
+    def learn(self, gpu: str, limits: Limits) -> None:
+        """A GPU that told nothing when it was looked through tells its limits now."""
+        held = self.held.get(gpu, Held())
+        self.held[gpu] = replace(
+            held, limits=limits, read_in=self._nvml.identity, since=self._clock.monotonic()
+        )
 
     def notice(self, gpu: str, reading: Reading) -> bool:
         """Take in a reading; True when the limit is no longer what we set (a reset, a BMC, another hand)."""
@@ -102,9 +109,9 @@ class Enforcer:
         todo = {}
         for gpu, cap in caps.items():
             held = self.held.get(gpu)
-            if held is None:
-                continue
-            target = held.limits.clamp(cap) if held.limits else cap
+            if held is None or held.limits is None:
+                continue  # its range is not known: nothing sensible can be asked for, nothing is acknowledged
+            target = held.limits.clamp(cap)
             same = held.asked_milliwatts == target
             if same and held.set_in == self._nvml.identity and self.obeys(gpu, target):
                 continue

@@ -13,13 +13,12 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from tokenfactory.agent.enforce import Enforcer
 from tokenfactory.agent.exposition import Reading as MetricsReading
 from tokenfactory.agent.faults import Faults
-from tokenfactory.agent.guard import Measured, guarded, watch
-from tokenfactory.agent.holders import holdings
+from tokenfactory.agent.guard import Measured, watch
 from tokenfactory.agent.nim import Meter
 from tokenfactory.agent.nvml import Failure, FailureKind, Gpu, Nvml, Reading, RecoveryChanged
+from tokenfactory.agent.obey import ShortPath
 from tokenfactory.agent.pace import Pace
 from tokenfactory.agent.parts import (
     Clock,
@@ -34,12 +33,10 @@ from tokenfactory.agent.parts import (
 from tokenfactory.agent.report import Reporter, status_of
 from tokenfactory.agent.state import AgentState
 from tokenfactory.agent.watchdog import Progress
-from tokenfactory.api.gpu_node import GPUNode, GPUNodeStatus
-from tokenfactory.planning.power.governor import Decision, GpuView, View, govern, read_back
+from tokenfactory.api.gpu_node import GPUNodeStatus
 
 log = logging.getLogger(__name__)
 
-KUBELET_PATIENCE_SECONDS = 15.0
 PODS_SPACING_SECONDS = 0.05
 """However many ask the gate at once, the kubelet is not asked more often than this."""
 Part = Callable[[], Coroutine[Any, Any, None]]
@@ -64,7 +61,10 @@ class Agent:
         self.clock = clock or SystemClock()
         self.pace = pace or Pace()
         self.state = AgentState(name=name, faults=Faults(lambda: nvml.identity))
-        self.enforcer = Enforcer(nvml, self.clock)
+        self._path = ShortPath(
+            self.state, nvml=nvml, nodes=nodes, sheets=sheets, clock=self.clock, called_back=self._called_back
+        )
+        self.enforcer = self._path.enforcer
         self.progress = Progress(self.clock)
         self.meter = (
             Meter(scrape, self.read_energy, monotonic=self.clock.monotonic, wall=self.clock.wall)
@@ -74,11 +74,8 @@ class Agent:
         self._nvml = nvml
         self._pods = pods
         self._nodes = nodes
-        self._sheets = sheets
         self.reporter = Reporter(writer, self.clock)
-        self._began = self.clock.monotonic()
         self._wake = asyncio.Event()
-        self._setting: dict[str, asyncio.Task[None]] = {}
         self._reopen = asyncio.Event()
         self._pods_asked = asyncio.Event()
         self._pods_answered = asyncio.Event()
@@ -113,8 +110,7 @@ class Agent:
                         self.progress.expect(part, every * 3 + 10)
                     tasks.create_task(loop(), name=f"{self.state.name} {part}")
         finally:
-            for task in self._setting.values():
-                task.cancel()  # a limit that was not set yet stays as it is
+            self._path.abandon()
             await self.reporter.last_words()
             await self._nvml.close()
 
@@ -123,7 +119,8 @@ class Agent:
     async def _obey(self) -> None:
         while True:
             self._wake.clear()
-            self.step()
+            self._path.step()
+            self.reporter.show(self._nodes.node(), self.status())
             self._stepped.set()
             self._stepped = asyncio.Event()
             self.progress.beat("obey")
@@ -139,128 +136,14 @@ class Agent:
         decision = self.state.decision
         if decision is not None and decision.next_deadline_ms is not None:
             waits.append(max(0.001, decision.next_deadline_ms / 1000 - self.clock.monotonic()))
-        if self._setting or any(held.failure for held in self.enforcer.held.values()):
+        if self._path.is_busy:
             waits.append(self.pace.busy)
         return min(waits)
 
-    def step(self) -> None:
-        """One round of the short path; it waits for nothing."""
-        state = self.state
-        state.steps += 1
-        self._take_node()
-        if not state.gpus or not self._holders_known():
-            self.reporter.show(self.status())  # that NVML cannot be opened, for one
-            return
-        self._take_holdings()
-        state.memory, decision = govern(state.memory, self._view(), int(self.clock.monotonic() * 1000))
-        state.decision = decision
-        self._set(decision)
-        state.readback = None
-        if not self._setting:
-            self._read_back(decision)
-        self.reporter.show(self.status())
-
-    def _take_node(self) -> None:
-        """A new spec is obeyed once all its trees have been heard of; until then the one before."""
-        node = self._nodes.node()
-        if node is None:
-            return
-        paths = (node.spec.path, *node.spec.former_paths)
-        trees = frozenset(path[0] for path in paths if path)
-        self._sheets.follow(trees)
-        if self._sheets.ready(trees):
-            before = self.state.node
-            if before is None:
-                self.state.observed_generation = node.status.observed_generation
-            elif before.metadata.uid != node.metadata.uid:
-                self.reporter.forget()  # made anew: nothing was said of this one yet
-            self.state.node = node
-
-    def _take_holdings(self) -> None:
-        state = self.state
-        if state.node is not None:
-            pods = state.pods if state.pods is not None else self._pods_before(state.node)
-            state.holdings = holdings((gpu.uuid for gpu in state.gpus), pods, state.node.spec)
-
-    def _holders_known(self) -> bool:
-        """Before anything is lowered or acknowledged the first time: a GPU in use must not be taken for an idle one.
-
-        A kubelet that stays silent does not put it off for ever: what is not known to be used gets the lower power.
-        """
-        state = self.state
-        before = state.node.status if state.node is not None else None
-        return (
-            state.pods is not None
-            or (before is not None and before.boot_id == self._nvml.identity.boot_id and before.capped)
-            or self.clock.monotonic() - self._began >= KUBELET_PATIENCE_SECONDS
-        )
-
-    def _pods_before(self, node: GPUNode) -> tuple[PodDevices, ...]:
-        """Until the kubelet has answered: who held what when an earlier agent of this boot last reported."""
-        if node.status.boot_id != self._nvml.identity.boot_id:
-            return ()
-        held = [(gpu.pod.partition("/"), gpu.uuid) for gpu in node.status.gpus if gpu.pod]
-        return tuple(PodDevices(namespace, name, (uuid,)) for (namespace, _, name), uuid in held)
-
-    def _view(self) -> View:
-        state = self.state
-        node = state.node
-        return View(
-            boot_id=self._life(),
-            spec=node.spec if node else None,
-            generation=node.metadata.generation if node else 0,
-            status=node.status if node else None,
-            sheets=self._sheets.sheets,
-            renewals=self._sheets.renewals,
-            gpus=tuple(self._gpu_view(gpu) for gpu in state.gpus),
-        )
-
-    def _life(self) -> str:
-        """The boot, and a later life of the driver in it: limits survive neither."""
-        identity = self._nvml.identity
-        later = identity.driver_generation > 1
-        return f"{identity.boot_id}/{identity.driver_generation}" if later else identity.boot_id
-
-    def _gpu_view(self, gpu: Gpu) -> GpuView:
-        limits = self.enforcer.limits(gpu)
-        return GpuView(
-            uuid=gpu.uuid,
-            product=gpu.product,
-            min_milliwatts=limits.min_milliwatts if limits else 0,
-            max_milliwatts=limits.max_milliwatts if limits else 0,
-            enforced_milliwatts=self.enforcer.enforced(gpu.uuid),
-            pod_uid=self.state.holdings.of(gpu.uuid).uid,
-        )
-
-    def _set(self, decision: Decision) -> None:
-        caps = {}
-        for gpu, order in decision.caps.items():
-            if order.cap_milliwatts is None:
-                continue
-            cap = guarded(self.state.guard, gpu, order.cap_milliwatts)
-            if order.reason.why != "Kept" or not self.enforcer.obeys(gpu, cap):
-                caps[gpu] = cap
-        for gpu, milliwatts in self.enforcer.wanted(caps).items():
-            if gpu not in self._setting:
-                name = f"{self.state.name} set {gpu}"
-                self._setting[gpu] = asyncio.create_task(self._set_one(gpu, milliwatts), name=name)
-
-    async def _set_one(self, gpu: str, milliwatts: int) -> None:
-        try:
-            failure = await self.enforcer.set(gpu, milliwatts)
-            self.state.faults.take_limit(gpu, failure)
-            self._ask_for_driver(failure)
-        finally:
-            del self._setting[gpu]
-            if not self._setting:
-                self.wake()
-
-    def _read_back(self, decision: Decision) -> None:
-        state = self.state
-        enforced = {gpu: self.enforcer.enforced(gpu) for gpu in decision.caps}
-        state.memory, state.readback = read_back(state.memory, decision, enforced)
-        if state.readback.observed_generation is not None:
-            state.observed_generation = state.readback.observed_generation
+    def _called_back(self, failure: Failure | None) -> None:
+        self._ask_for_driver(failure)
+        if not self._path.is_setting():
+            self.wake()  # everything is back: now it can be read back as a whole
 
     # --- beside it: the driver
 
@@ -271,13 +154,15 @@ class Agent:
             if not await self._open():
                 await asyncio.sleep(self.pace.reopen)
                 continue
+            gpus = await self._nvml.inventory()
+            self.enforcer.adopt(gpus)
             while not self._reopen.is_set():
-                self._take_inventory(await self._nvml.inventory())
+                self._take_inventory(gpus)
                 try:
                     async with asyncio.timeout(self.pace.inventory):
                         await self._reopen.wait()
                 except TimeoutError:
-                    pass
+                    gpus = await self._nvml.inventory()
 
     async def _open(self) -> bool:
         state = self.state
@@ -296,9 +181,10 @@ class Agent:
         return True
 
     def _take_inventory(self, gpus: tuple[Gpu, ...]) -> None:
-        self.state.gpus = gpus
+        present = {gpu.uuid for gpu in gpus}
+        # A GPU that is no longer shown may still draw what it last could: it stays, and is never acknowledged.
+        self.state.gpus = (*gpus, *(gpu for gpu in self.state.gpus if gpu.uuid not in present))
         self.state.faults.take_inventory(gpus)
-        self.enforcer.adopt(gpus)
         self._pods_asked.set()
         self.wake()
 
@@ -338,8 +224,14 @@ class Agent:
 
     async def _observe_one(self, gpu: str) -> None:
         held = self.enforcer.held.get(gpu)
+        if held is None or held.limits is None:
+            limits = await self._nvml.limits(gpu)
+            if not isinstance(limits, Failure):
+                self.enforcer.learn(gpu, limits)
+                self.wake()
+            held = self.enforcer.held.get(gpu)
         reading = await self._nvml.read(gpu)
-        overtaken = gpu in self._setting or self.enforcer.held.get(gpu) is not held
+        overtaken = self._path.is_setting(gpu) or self.enforcer.held.get(gpu) is not held
         news = self.state.faults.take_reading(gpu, reading)
         if isinstance(reading, Failure):
             self._ask_for_driver(reading)

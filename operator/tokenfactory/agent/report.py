@@ -40,19 +40,20 @@ class Reporter:
         self._writer = writer
         self._clock = clock
         self._news = asyncio.Event()
+        self._uid: str | None = None
         self._said: GPUNodeStatus | None = None
         self._status: Callable[[], GPUNodeStatus | None] | None = None
         self._node: Callable[[], GPUNode | None] | None = None
         self.writes = 0
         self.failures = 0
 
-    def show(self, status: GPUNodeStatus | None) -> None:
+    def show(self, node: GPUNode | None, status: GPUNodeStatus | None) -> None:
         """Look whether there is anything new to say."""
+        uid = node.metadata.uid if node is not None else None
+        if uid != self._uid:
+            self._uid, self._said = uid, None  # made anew: nothing was said of this one yet
         if status is not None and (self._said is None or still(status) != still(self._said)):
             self._news.set()
-
-    def forget(self) -> None:
-        self._said = None
 
     async def round(
         self,

@@ -94,6 +94,8 @@ class HollowNvml:
     def _fails(self, call: str, gpu: str) -> Failure | None:
         if self.gone:
             return Failure(FailureKind.DRIVER_GONE, call, gpu)
+        if gpu not in self.gpus:
+            return Failure(FailureKind.REFUSED, call, gpu)
         if gpu in self._hanging:
             return Failure(FailureKind.TIMEOUT, call, gpu)
         kind = self.gpus[gpu].failure
@@ -101,9 +103,9 @@ class HollowNvml:
 
     async def set_limit(self, gpu: str, milliwatts: int, scope: object = None) -> Limits | Failure:
         await asyncio.sleep(0.015)
-        held = self.gpus[gpu]
         if failure := self._fails("set_limit", gpu):
             return failure
+        held = self.gpus[gpu]
         self.sets.append((asyncio.get_running_loop().time(), gpu, milliwatts))
         if held.hang is not None:
             self._hanging.add(gpu)

@@ -262,6 +262,44 @@ def test_a_lost_gpu_costs_the_others_nothing() -> None:
     story(tell)
 
 
+def test_a_gpu_that_told_nothing_at_the_start_is_capped_once_it_does() -> None:
+    async def tell(node: Node) -> None:
+        node.nvml.gpus["GPU-2"].failure = FailureKind.UNKNOWN
+        node.api.grant()
+        node.api.publish("site", 1, {IDLE: (250_000, 250_000)})
+        node.api.publish("rack", 1, {IDLE: (250_000, 250_000)})
+        node.api.renew()
+        node.start()
+        await asyncio.sleep(20)
+        node.api.renew()
+        assert node.limits().count(250_000) == 7
+        assert not node.api.status.capped
+        assert node.api.status.applied == ()
+        node.nvml.gpus["GPU-2"].failure = None
+        await node.until(lambda: node.api.status.capped)
+        assert node.limits() == [250_000] * 8
+
+    story(tell)
+
+
+def test_a_gpu_that_vanishes_is_never_acknowledged_without() -> None:
+    async def tell(node: Node) -> None:
+        await node.settle()
+        node.nvml.gone = True
+        await node.until(lambda: node.api.status.mode == "Degraded")
+        gone = node.nvml.gpus.pop("GPU-7")
+        node.nvml.reload()
+        await node.until(lambda: node.limits() == [250_000] * 7)
+        node.api.publish("rack", 2, {IDLE: (210_000, 200_000)})
+        await node.until(lambda: node.limits() == [210_000] * 7)
+        await asyncio.sleep(30)
+        assert applied(node)["rack"] == 1
+        assert node.api.status.gpus[7].enforced_milliwatts == DEFAULT
+        node.nvml.gpus["GPU-7"] = gone
+
+    story(tell)
+
+
 def test_a_driver_that_goes_and_comes_back_with_default_limits_is_capped_again() -> None:
     async def tell(node: Node) -> None:
         await node.settle()
