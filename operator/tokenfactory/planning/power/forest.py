@@ -100,6 +100,12 @@ def muster(
     """Counts GPUs. `domain` in the caller's numbering; one entry per GPU, or with a count in `gpus`."""
     key = forest.position[domain] * classes + class_index
     cells = forest.count * classes
+    if gpus is None:
+        # Sorting small numbers beats counting into a table that does not fit a cache.
+        ordered = np.sort(key.astype(np.int32) if cells < 1 << 31 else key)
+        first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))[: ordered.size])
+        pairs = ordered[first].astype(np.int64)
+        return Fleet(pairs // classes, pairs % classes, np.diff(np.append(first, ordered.size)))
     if cells <= 4 * key.size + (1 << 22):
         counts = np.bincount(key, weights=gpus, minlength=cells)
         where = np.flatnonzero(counts)
