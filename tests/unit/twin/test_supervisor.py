@@ -18,7 +18,7 @@ from tokenfactory.twin.cluster import Cluster, ClusterError, _spawn_supervisor
 from tokenfactory.twin.pki import Authority
 
 SLEEPER = ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"]
-STUBBORN = ["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"]
+STUBBORN = "trap '' TERM; : >{trapped}; while :; do sleep 0.05; done"
 
 # An owner in a process of its own: starts two sleepers, says their pids, and lingers.
 OWNER = """
@@ -134,7 +134,9 @@ def test_detached_it_outlives_its_owner_until_down(tmp_path: Path):
 
 
 def test_down_kills_what_does_not_want_to_end(running: Cluster):
-    running.run_component("etcd", STUBBORN)
+    trapped = running.folder / "trapped"
+    running.run_component("etcd", ["/bin/sh", "-c", STUBBORN.format(trapped=trapped)])
+    wait_for(trapped.exists, "the signal is ignored")
     started = pids_of(running.folder)
     running.down()
     assert gone(started)
