@@ -3,7 +3,11 @@
 It is no API server: it exists so that a plan's consequences can be followed for thousands of rounds in a second.
 """
 
-from dataclasses import dataclass, field
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,11 +26,23 @@ from tokenfactory.controller.objects import Deployment, Service
 from tokenfactory.controller.plan.memory import Memory as PlanMemory
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
-from tokenfactory.kube.objects import KubeCondition, Node, NodeStatus, Pod, PodStatus, SchedulingGate, Taint
+from tokenfactory.kube.objects import (
+    KubeCondition,
+    Namespace,
+    Node,
+    NodeStatus,
+    Pod,
+    PodStatus,
+    SchedulingGate,
+    Taint,
+)
 from tokenfactory.planning.power.governor import GpuView, Memory, Sheet, View, govern, read_back
+from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, gpu_truth
 
 H100 = "NVIDIA H100 80GB HBM3"
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+IDLE_WATTS = 100.0
+TEMPLATE = "template-hash"
 OPTIONS = Options(workloads=WorkloadOptions(image="tokenfactory:test"))
 
 
@@ -52,13 +68,36 @@ class SmallWorld:
         self.version = 0
         self.objects: dict[type, dict[tuple[str, str], Any]] = {
             kind: {}
-            for kind in (PowerDomain, TokenFactory, CapSheet, GPUNode, Node, Pod, Deployment, Service)
+            for kind in (
+                PowerDomain,
+                TokenFactory,
+                CapSheet,
+                GPUNode,
+                Node,
+                Pod,
+                Deployment,
+                Service,
+                Namespace,
+            )
         }
         self.agents: dict[str, Agent] = {}
         self.writes: list[act.Action] = []
         self.events: list[tuple[str, str]] = []
         self.renewals = 0
         self.memory = PlanMemory()
+        self.before_write: Callable[[act.Action], None] = lambda _: None
+        self._drew: dict[str, int] = {}
+
+    def fork(self) -> "SmallWorld":
+        """A world that goes on from here by itself."""
+        other = copy.copy(self)
+        other.objects = {kind: dict(held) for kind, held in self.objects.items()}
+        other.agents = {
+            name: replace(agent, enforced=dict(agent.enforced)) for name, agent in self.agents.items()
+        }
+        other.writes, other.events = list(self.writes), list(self.events)
+        other._drew = dict(self._drew)
+        return other
 
     # --- people
 
@@ -84,6 +123,27 @@ class SmallWorld:
         )
         self.put(node)
         self.agents[name] = Agent(name, gpus)
+
+    def label_node(self, name: str, **labels: str) -> None:
+        node = self.objects[Node]["", name]
+        meta = msgspec.structs.replace(node.metadata, labels={**node.metadata.labels, **labels})
+        self.put(msgspec.structs.replace(node, metadata=meta))
+
+    def cordon(self, name: str, on: bool = True) -> None:
+        node = self.objects[Node]["", name]
+        spec = msgspec.structs.replace(node.spec, unschedulable=on)
+        self.put(msgspec.structs.replace(node, spec=spec))
+
+    def label_namespace(self, name: str, **labels: str) -> None:
+        self.put(Namespace(metadata=ObjectMeta(name=name, labels=labels)))
+
+    def delete_factory(self, namespace: str, name: str) -> None:
+        """And what the garbage collector takes with it."""
+        gone = self.objects[TokenFactory].pop((namespace, name))
+        for kind in (Deployment, Service):
+            for key, held in list(self.objects[kind].items()):
+                if any(owner.uid == gone.metadata.uid for owner in held.metadata.owner_references):
+                    del self.objects[kind][key]
 
     # --- the API
 
@@ -115,6 +175,7 @@ class SmallWorld:
             pods=dict(self.objects[Pod]),
             deployments=dict(self.objects[Deployment]),
             services=dict(self.objects[Service]),
+            namespaces=dict(self.objects[Namespace]),
             silent_seconds={
                 name: (self.now - agent.heard_at).total_seconds() for name, agent in self.agents.items()
             },
@@ -137,7 +198,13 @@ class SmallWorld:
             done += 1
         return done
 
+    def crash(self) -> None:
+        """The operator is killed, and another process leads: nothing is left of the first but what it wrote."""
+        self.term += 1
+        self.memory = PlanMemory()
+
     def take(self, action: act.Action) -> None:
+        self.before_write(action)
         self.writes.append(action)
         match action:
             case act.PublishSheet(held, spec):
@@ -205,37 +272,41 @@ class SmallWorld:
         self.now += timedelta(seconds=2)
 
     def _deploy(self) -> None:
+        """Every Deployment to its replicas, and to its template without surge; what no Deployment owns goes."""
         wanted: set[tuple[str, str]] = set()
         for (namespace, name), held in self.objects[Deployment].items():
-            labels = held.spec["template"]["metadata"]["labels"]
+            template = held.spec["template"]
+            labels = template["metadata"]["labels"]
+            mark = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]
             mine = [
                 pod
                 for pod in self.objects[Pod].values()
                 if pod.metadata.labels == labels and not pod.metadata.deletion_timestamp
             ]
-            wanted |= {_key(pod) for pod in mine[: held.spec["replicas"]]}
-            for _ in range(held.spec["replicas"] - len(mine)):
-                self.version += 1
-                pod_name = f"{name}-{self.version}"
-                gpus = held.spec["template"]["spec"]["containers"][0]["resources"]["limits"]
-                pod = msgspec.convert(
-                    {
-                        "metadata": {
-                            "name": pod_name,
-                            "namespace": namespace,
-                            "uid": f"uid-{pod_name}",
-                            "labels": labels,
-                        },
-                        "spec": {"containers": [{"name": "nim", "resources": {"limits": gpus}}]},
-                    },
-                    Pod,
-                )
-                spec = msgspec.structs.replace(pod.spec, scheduling_gates=(SchedulingGate(name=names.GATE),))
-                self.put(msgspec.structs.replace(pod, spec=spec))
-                wanted.add((namespace, pod_name))
+            kept = _rolled(mine, mark, held.spec["replicas"])
+            wanted |= {_key(pod) for pod in kept}
+            for _ in range(held.spec["replicas"] - len(kept)):
+                wanted.add(_key(self._make_pod(namespace, name, template, mark)))
         for key, pod in list(self.objects[Pod].items()):
-            if key not in wanted and not pod.metadata.deletion_timestamp:
+            ours = names.MODEL_LABEL in pod.metadata.labels
+            if ours and key not in wanted and not pod.metadata.deletion_timestamp:
                 self.delete_pod(pod)
+
+    def _make_pod(self, namespace: str, name: str, template: Any, mark: str) -> Pod:
+        self.version += 1
+        pod_name = f"{name}-{self.version}"
+        gpus = template["spec"]["containers"][0]["resources"]["limits"]
+        meta = {
+            "name": pod_name,
+            "namespace": namespace,
+            "uid": f"uid-{pod_name}",
+            "labels": template["metadata"]["labels"],
+            "annotations": {TEMPLATE: mark},
+        }
+        spec = {"containers": [{"name": "nim", "resources": {"limits": gpus}}]}
+        pod = msgspec.convert({"metadata": meta, "spec": spec}, Pod)
+        gated = msgspec.structs.replace(pod.spec, scheduling_gates=(SchedulingGate(name=names.GATE),))
+        return self.put(msgspec.structs.replace(pod, spec=gated))
 
     def _run_pods(self) -> None:
         ready = (KubeCondition(type="Ready", status="True"),)
@@ -296,19 +367,69 @@ class SmallWorld:
         if status != node.status:
             self.put(msgspec.structs.replace(node, status=status))
 
-    def settle(self, most_rounds: int = 60) -> int:
-        """Rounds until the operator has nothing to write any more."""
+    def settle(
+        self, most_rounds: int = 80, each_round: Callable[["SmallWorld"], None] = lambda _: None
+    ) -> int:
+        """Rounds until the operator has nothing to write any more, however patient it is."""
+        patience = [11, 31, 301]
         for number in range(most_rounds):
             self.others()
-            if self.operate() == 0 and number > 2:
-                self.others()
-                if not self.plan().plan.actions:
-                    return number
+            each_round(self)
+            writes = self.operate()
+            each_round(self)
+            if writes:
+                patience = [11, 31, 301]
+            elif not patience:
+                return number
+            else:
+                self.now += timedelta(seconds=patience.pop(0))
         left = [str(action)[:200] for action in self.plan().plan.actions]
         raise AssertionError(f"not settled after {most_rounds} rounds; the operator still wants: {left}")
 
+    # --- the truth
+
+    def truth(self) -> list[NodeTruth]:
+        """What the GPUs may draw; where nothing runs, no more than idle."""
+        found = []
+        for (_, name), node in self.objects[Node].items():
+            agent = self.agents[name]
+            held = self.objects[GPUNode].get(("", name))
+            busy = {gpu.uuid for gpu in held.status.gpus if gpu.pod} if held else set()
+            enforced = {
+                uuid: agent.enforced.get(uuid, 700_000) / 1000 for uuid in map(agent.uuid, range(agent.gpus))
+            }
+            overhead = held.spec.overhead_milliwatts if held else 0
+            found.append(
+                NodeTruth(name, node.metadata.labels, gpu_truth(enforced, busy, IDLE_WATTS), overhead)
+            )
+        return found
+
+    def drawing(self) -> dict[str, int]:
+        """By domain: what the hardware under it may draw, in milliwatts. Nodes are where the operator has seen them."""
+        found = dict.fromkeys((name for _, name in self.objects[PowerDomain]), 0)
+        for node in self.truth():
+            held = self.objects[GPUNode].get(("", node.name))
+            for name in held.spec.path if held else ():
+                if name in found:
+                    found[name] += node.gpu_milliwatts + node.overhead_milliwatts
+        return found
+
+    def new_breaches(self) -> list[Breach]:
+        """Domains over their limit that draw more than at the last look: a lowered limit may only be approached."""
+        found = breaches(self.objects[PowerDomain].values(), self.truth())
+        drew, self._drew = self._drew, self.drawing()
+        return [breach for breach in found if breach.drawing_milliwatts > drew.get(breach.domain, 0)]
+
     def ready_pods(self) -> list[Pod]:
         return [pod for pod in self.objects[Pod].values() if pod.status.conditions]
+
+
+def _rolled(pods: list[Pod], mark: str, replicas: int) -> list[Pod]:
+    """Which of a Deployment's pods stay: up to date ones, and as many old ones as maxUnavailable 25% asks for."""
+    new = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] == mark]
+    old = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] != mark and pod.status.conditions]
+    spare = replicas - max(1, replicas // 4) - sum(bool(pod.status.conditions) for pod in new)
+    return (new + old[: max(0, spare)])[:replicas]
 
 
 def _key(obj: Any) -> tuple[str, str]:
