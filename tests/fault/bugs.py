@@ -39,15 +39,18 @@ def _govern_without_hold(memory, view, now):
 
 def _same_epoch_again(book, targets):
     plan = publish.plan_sheets(book, targets)
-    writes = tuple(
-        replace(
-            write, spec=msgspec.structs.replace(write.spec, epoch=book.sheets[write.spec.domain].spec.epoch)
-        )
-        if write.resource_version is not None
-        else write
-        for write in plan.writes
+    return replace(plan, writes=tuple(_at_the_same_epoch(book, write) for write in plan.writes))
+
+
+def _at_the_same_epoch(book, write):
+    if write.resource_version is None:
+        return write
+    epoch = book.sheets[write.spec.domain].spec.epoch
+    earlier = tuple(
+        msgspec.structs.replace(entry, through=max(1, min(entry.through, epoch - 1)))
+        for entry in write.spec.earlier
     )
-    return replace(plan, writes=writes)
+    return replace(write, spec=msgspec.structs.replace(write.spec, epoch=epoch, earlier=earlier))
 
 
 def _credit_for_expired_hold(domains, found, nodes, facts, leadership):
@@ -71,7 +74,13 @@ def _only_present_sheets(domains, found, nodes, facts, leadership):
         name: msgspec.structs.replace(sheet, spec=msgspec.structs.replace(sheet.spec, earlier=()))
         for name, sheet in found.items()
     }
-    return replace(ledger.observe(domains, bare, nodes, facts, leadership), sheets=found)
+    obedient = [_said_nothing(node) for node in nodes]
+    return replace(ledger.observe(domains, bare, obedient, facts, leadership), sheets=found)
+
+
+def _said_nothing(node):
+    gpus = tuple(msgspec.structs.replace(gpu, enforced_milliwatts=0) for gpu in node.status.gpus)
+    return msgspec.structs.replace(node, status=msgspec.structs.replace(node.status, gpus=gpus))
 
 
 def _same_boot_forever(memory, view, now):

@@ -55,6 +55,8 @@ class Scene:
     limit: int
     paths: Mapping[str, tuple[str, ...]]
     faults: frozenset[str]
+    back: bool = False
+    """People change their mind once more, at any moment."""
 
 
 def _caps(caps: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Allowance]]:
@@ -73,7 +75,8 @@ LEADERS = frozenset({"deposed", "leader dies", "lose", "unanswered"})
 SCENES = {
     "network": Scene("network", **SHIFT, faults=NETWORK),
     "nodes": Scene("nodes", **SHIFT, faults=NODES),
-    "leaders": Scene("leaders", **SHIFT, faults=LEADERS),
+    "leaders": Scene("leaders", **SHIFT, faults=LEADERS, back=True),
+    "epochs": Scene("epochs", **SHIFT, faults=frozenset({"agent dies", "hold runs out"}), back=True),
 }
 
 
@@ -98,7 +101,11 @@ def begin(scene: Scene, kit: Kit) -> World:
 # -- what can happen -------------------------------------------------------------------------------------------------
 
 
-def steps(world: World, faults: frozenset[str]) -> Iterator[Step]:
+def steps(world: World, scene: Scene) -> Iterator[Step]:
+    faults = scene.faults
+    if scene.back and world.site.version == 2:
+        again = replace(world.site, version=3, targets=_caps(scene.before))
+        yield "people change their mind again", 0, lambda w: w.change_site(again)
     yield from _network(world, faults)
     for name, agent in world.agents.items():
         yield from _agent(world, name, agent, faults)
@@ -267,7 +274,7 @@ def state_of(world: World, codes: Codes) -> tuple[Any, ...]:
         (
             leader.pid,
             leader.site.version,
-            len(leader.site_queue),
+            tuple(site.version for site in leader.site_queue),
             objects(leader.sheets[name] for name in sorted(leader.sheets)),
             objects(leader.nodes.values()),
             objects(leader.node_queue),
@@ -282,6 +289,7 @@ def state_of(world: World, codes: Codes) -> tuple[Any, ...]:
         for m in world.inflight
     )
     return (
+        world.site.version,
         tuple((m.boot, m.gpus) for m in world.machines.values()),
         objects(world.sheets.values()),
         objects(world.nodes.values()),
@@ -313,7 +321,7 @@ def explore(scene: Scene, kit: Kit, *, faults: int, most_states: int = 10**9) ->
     while frontier:
         following = []
         for world, left, key in frontier:
-            for name, cost, act in steps(world, scene.faults):
+            for name, cost, act in steps(world, scene):
                 if cost > left:
                     continue
                 twin = world.clone()
@@ -399,7 +407,7 @@ WHERE = {
     "skip read-back": ("nodes",),
     "drop fencing": ("nodes",),
     "ignore hold": ("nodes",),
-    "reuse an epoch": ("nodes",),
+    "reuse an epoch": ("epochs",),
     "credit an expired hold": ("nodes",),
     "raise before lower": ("network",),
     "trust a cap across a reboot": ("nodes",),
