@@ -58,6 +58,7 @@ class HollowNvml:
         self.gone = False
         self.sets: list[tuple[float, str, int]] = []
         self.reads = 0
+        self.read_seconds = 0.001
         self.highest: dict[str, int] = {}
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         self.wears: dict[str, Wear] = {}
@@ -129,18 +130,22 @@ class HollowNvml:
         return self._fails("limits", gpu) or self._limits(self.gpus[gpu])
 
     async def read(self, gpu: str) -> Reading | Failure:
-        await asyncio.sleep(0.001)
+        """A sensor is slow: the reading is of when it began. A call that sets a limit and hangs does not hold it up."""
         self.reads += 1
-        if failure := self._fails("read", gpu):
-            return failure
-        held = self.gpus[gpu]
-        now = asyncio.get_running_loop().time()
-        return Reading(
-            monotonic_seconds=now,
-            power_milliwatts=held.draw(held),
-            energy_millijoules=int(now * 400_000),
-            enforced_milliwatts=held.limit,
-        )
+        failure = self._fails("read", gpu)
+        if failure is None or failure.kind is FailureKind.TIMEOUT:
+            held = self.gpus[gpu]
+            now = asyncio.get_running_loop().time()
+            reading = Reading(
+                monotonic_seconds=now,
+                power_milliwatts=held.draw(held),
+                energy_millijoules=int(now * 400_000),
+                enforced_milliwatts=held.limit,
+            )
+            await asyncio.sleep(self.read_seconds)
+            return reading
+        await asyncio.sleep(self.read_seconds)
+        return failure
 
     async def wear(self, gpu: str) -> Wear | Failure:
         await asyncio.sleep(0)

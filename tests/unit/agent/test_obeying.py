@@ -52,6 +52,43 @@ def test_a_cut_is_set_on_all_gpus_at_once_and_acknowledged_without_a_wait() -> N
     story(tell)
 
 
+def test_a_reading_begun_before_a_cut_does_not_overrule_what_was_read_back_after_it() -> None:
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", *range(8)),))
+        node.nvml.read_seconds = 1.0
+        await node.settle(hold=600_000)
+        before = len(node.nvml.sets)
+        for epoch in range(2, 12):
+            node.api.publish("rack", epoch, {CHAT: (600_000 - epoch * 10_000, 200_000)})
+            await asyncio.sleep(1.3)
+        assert node.agent.enforcer.resets_found == 0
+        assert len(node.nvml.sets) - before == 8 * 10
+        assert applied(node)["rack"] == 11
+
+    story(tell)
+
+
+def test_before_the_sheets_were_listed_nothing_is_taken_for_their_absence() -> None:
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", *range(8)),))
+        await node.settle()
+        await node.kill()
+        stored, node.api.stored = node.api.stored, {}
+        node.api.synced = False
+        node.start()
+        await asyncio.sleep(20)
+        assert node.limits() == [600_000] * 8
+        for sheet in stored.values():
+            node.api._store(sheet)
+        node.api.synced = True
+        node.api.renew()
+        await asyncio.sleep(1)
+        assert node.limits() == [600_000] * 8
+        assert applied(node) == {"site": 1, "rack": 1}
+
+    story(tell)
+
+
 def test_an_older_sheet_is_not_obeyed() -> None:
     async def tell(node: Node) -> None:
         node.api.grant(pods=(node.use("a", *range(8)),))
@@ -391,7 +428,7 @@ def test_after_a_reboot_nothing_starts_before_it_is_capped_anew() -> None:
         node.start()
         await node.until(lambda: node.api.status.boot_id == "boot-2")
         assert not node.api.status.capped
-        assert not (await StartGate(node.agent).ask("uid-a")).may_start
+        assert (await StartGate(node.agent).ask("uid-a")).reason == "NodeNotCapped"
         for gpu in node.nvml.gpus.values():
             gpu.failure = None
         node.api.renew()
