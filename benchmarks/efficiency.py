@@ -115,8 +115,8 @@ class Ours:
         )
         self.memory = decision.memory
         fleet.scale(decision.replicas)
-        if decision.point is not None:
-            fleet.cap = decision.point.cap_milliwatts / 1000
+        if decision.cap_milliwatts:
+            fleet.cap = decision.cap_milliwatts / 1000
 
     def _meter(self, now: float, replica) -> ReplicaMeter:
         for window in (replica.generated, replica.first_tokens):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, isfinite, sqrt
 from typing import Final
 
+from tokenfactory.planning.efficiency.caps import choose_cap, is_lifted
 from tokenfactory.planning.efficiency.operating_point import (
     Goals,
     OperatingPoint,
@@ -96,6 +97,8 @@ class Memory:
     """The latency nearest to its SLO as a share of it, smoothed."""
     squeeze: float = 0.0
     """The smallest part of the replicas that the latencies leave room for, smoothed."""
+    lifted: bool = False
+    """Whether caps are lifted above the knee until the latencies are well again."""
     ready: int = 0
     settled_at: int = 0
     """When the measurements will be about the replicas that there are now."""
@@ -118,6 +121,8 @@ class Decision:
     message: str
     point: OperatingPoint | None
     memory: Memory
+    cap_milliwatts: int = 0
+    """Of each GPU, as far as the market has the watts; 0: no wish."""
 
 
 def decide_replicas(
@@ -151,7 +156,15 @@ def decide_replicas(
         return _decision(
             0, "NoTraffic", "no request for a while: scaled to zero", point, memory, now_milliseconds
         )
-    return _settle(goals, traffic, memory, _Carried(carries, point), desired, now_milliseconds, tuning)
+    decision = _settle(goals, traffic, memory, _Carried(carries, point), desired, now_milliseconds, tuning)
+    cap = choose_cap(
+        known_points,
+        goals,
+        lifted=memory.lifted,
+        gpus_per_replica=tuning.gpus_per_replica,
+        overhead_milliwatts=tuning.overhead_milliwatts,
+    )
+    return replace(decision, cap_milliwatts=cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +214,7 @@ def _learn(goals: Goals, points: tuple[Point, ...], traffic: Traffic, memory: Me
     squeeze = memory.squeeze + (_squeeze(goals, traffic) - memory.squeeze) * part
     idle_since = _idle_since(traffic, memory, now)
     memory = replace(memory, load=load, prompts=prompts, worst=worst, squeeze=squeeze, idle_since=idle_since)
+    memory = replace(memory, lifted=is_lifted(worst, lifted=memory.lifted))
     memory = _learn_slowdown(points, traffic, memory, part)
     ceiling = memory.ceiling
     if ceiling is not None:

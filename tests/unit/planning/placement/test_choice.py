@@ -114,6 +114,10 @@ def test_must_have(case: str) -> None:
         assert not nowhere.placed
 
 
+def test_an_empty_affinity_term_matches_nothing() -> None:
+    assert not where(plan_placement(snapshot([node("a")], [pod(affinity=((),))])))
+
+
 def test_toleration_opens_the_node() -> None:
     tainted = [node("a", taints=(Taint("gpu", "batch"), Taint("soft", effect="PreferNoSchedule")))]
     for toleration in (
