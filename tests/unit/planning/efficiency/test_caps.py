@@ -1,5 +1,7 @@
 """Caps at the knee, and above it while a latency is in danger."""
 
+import itertools
+
 from tests.unit.planning.efficiency.test_operating_point import CURVE
 
 from tokenfactory.planning.efficiency.caps import DROP_AT, LIFT_AT, choose_cap, is_lifted
@@ -36,4 +38,4 @@ def test_a_late_first_token_lifts_the_caps_until_it_is_well_again() -> None:
     assert set(caps[:10]) == {400_000}
     assert set(caps[14:20]) == {700_000}
     assert caps[-1] == 400_000
-    assert sum(a != b for a, b in zip(caps, caps[1:], strict=False)) == 2
+    assert sum(a != b for a, b in itertools.pairwise(caps)) == 2
