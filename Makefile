@@ -101,9 +101,10 @@ cluster-down: venv ## end that control plane
 	$(PY) -m tokenfactory.cli cluster down
 
 .PHONY: proto
-proto: venv ## generate agent/podresources from its .proto
+proto: venv ## generate agent/podresources and the node tests' device plugin from their .proto
 	$(PY) -m grpc_tools.protoc -I operator --python_out=operator --pyi_out=operator \
 	  operator/tokenfactory/agent/podresources/podresources.proto
+	@$(PY) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. tests/node/deviceplugin/deviceplugin.proto
 
 .PHONY: gpu-check
 gpu-check: venv ## what a real GPU answers to everything the agent asks (reads only)

@@ -17,7 +17,7 @@ from tokenfactory.twin import toolchain
 from tokenfactory.twin.cluster import Cluster, ClusterOptions
 
 _numbers = itertools.count(1)
-_CLUSTERS = {"cluster", "own_cluster", "start_cluster"}
+_CLUSTERS = {"cluster", "own_cluster", "start_cluster", "real_node"}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from tokenfactory.agent.kubelet_memory import KubeletMemory
 from tokenfactory.agent.nvml import Gpu
 from tokenfactory.agent.parts import PodDevices, PodResourcesError
 from tokenfactory.agent.sources import SheetBook
@@ -121,6 +123,7 @@ class LivePods:
         from tokenfactory.agent.pods import PodResources
 
         self._client = PodResources(socket)
+        self._memory = KubeletMemory(Path(socket))
 
     async def list(self, gpus: tuple[Gpu, ...]) -> tuple[PodDevices, ...]:
         from tokenfactory.agent.pods import Unavailable
@@ -137,7 +140,9 @@ class LivePods:
                 "pods hold GPUs that NVML does not show",
                 extra={"devices": [f"{it.pod} {it.resource} {it.device}" for it in answer.unresolved]},
             )
-        return tuple(PodDevices(namespace, name, tuple(uuids)) for (namespace, name), uuids in held.items())
+        return self._memory.complete(
+            tuple(PodDevices(namespace, name, tuple(uuids)) for (namespace, name), uuids in held.items())
+        )
 
     async def close(self) -> None:
         await self._client.close()

@@ -1,0 +1,82 @@
+"""A real node for the whole run, its GPUs, and the agent on it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from tests.node import machine
+from tests.node.device_plugin import DevicePlugin
+from tests.node.image import REPOSITORY, Images
+from tests.node.real_node import RealNode
+from tests.node.world import NAMESPACE, World
+from tests.waiting import wait_for
+
+from tokenfactory.kube.client import Client
+from tokenfactory.twin import toolchain
+from tokenfactory.twin.agent_node import SheetDesk
+from tokenfactory.twin.nvml import SimulatedNode
+
+GPUS = 4
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> machine.Runtime:
+    """What a node is made of; here every test that needs one is skipped where there can be none."""
+    paths = (REPOSITORY, sys.prefix, sys.base_prefix, tempfile.gettempdir(), toolchain.cache_folder())
+    problem = machine.why_not(tmp_path_factory.mktemp("trial"), *(Path(it).resolve() for it in paths))
+    if problem:
+        pytest.skip(problem)
+    try:
+        return machine.runtime()
+    except toolchain.ToolError as error:
+        pytest.skip(f"no containerd for a real node: {error}")
+
+
+@pytest.fixture(scope="session")
+def real_node(runtime: machine.Runtime, request: pytest.FixtureRequest) -> Iterator[RealNode]:
+    with RealNode.open(runtime, Images()) as node:
+        cluster = node.cluster
+        cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
+        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        for namespace in ("inference", NAMESPACE):
+            cluster.kubectl("create", "namespace", namespace)
+        yield node
+        if request.session.testsfailed:
+            sys.stderr.write(node.logs())
+
+
+@pytest.fixture(scope="session")
+def hardware(real_node: RealNode) -> Iterator[SimulatedNode]:
+    simulated = SimulatedNode.create(real_node.folder / "gpus", "H100", GPUS)
+    yield simulated
+    simulated.close()
+
+
+@pytest.fixture(scope="session")
+def plugin(real_node: RealNode, hardware: SimulatedNode) -> Iterator[DevicePlugin]:
+    """The GPUs are offered: pods can ask for them."""
+    serving = DevicePlugin(real_node.kubelet_folder / "device-plugins", hardware)
+    serving.start()
+    wait_for(lambda: real_node.gpus_offered() == GPUS, f"{GPUS} GPUs to be offered")
+    yield serving
+    serving.stop()
+
+
+@pytest.fixture
+async def world(real_node: RealNode, hardware: SimulatedNode, plugin: DevicePlugin) -> AsyncIterator[World]:
+    """GPUs as after a reboot, sheets of this test's own, no pod and no agent yet."""
+    hardware.reboot()
+    async with await Client.connect(real_node.cluster.kubeconfig) as client:
+        one = World(real_node, hardware, SheetDesk(client, f"site-{next(_numbers)}"))
+        try:
+            async with one.renewing():
+                yield one
+        finally:
+            hardware.mend()
+            await one.close()
