@@ -17,7 +17,8 @@ from typing import Any
 import grpc
 from tests.node.deviceplugin import deviceplugin_pb2 as api
 
-from tokenfactory.twin.nvml import LIBRARY_NAME, STATE_VARIABLE, SimulatedNode
+from tokenfactory.twin.nvml import STATE_VARIABLE, SimulatedNode
+from tokenfactory.twin.nvml_library import LIBRARY_NAME
 
 RESOURCE = "nvidia.com/gpu"
 VERSION = "v1beta1"
