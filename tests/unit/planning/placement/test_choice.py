@@ -1,6 +1,8 @@
 """Which node a pod gets, case by case."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.unit.planning.placement.builders import ANY, WATT, node, pod, snapshot
 
 from tokenfactory.planning.placement.inputs import Offer, Requirement, SpreadRule, Taint, Toleration
@@ -163,6 +165,20 @@ def test_waking_a_node_is_charged_once_and_only_on_its_path() -> None:
     plan = plan_placement(snapshot(asleep, pods, site=4_700, budget=4_000))
     assert [(p.milliwatts, p.wake_milliwatts) for p in plan.placed] == [(2_000_000, 700_000), (2_000_000, 0)]
     assert len(plan_placement(snapshot(asleep, pods, site=4_699, budget=4_000)).placed) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    free=st.lists(st.integers(0, 8), min_size=3, max_size=9), pods=st.integers(0, 14), skew=st.integers(1, 3)
+)
+def test_a_hard_spread_holds_and_is_used_to_the_full(free: list[int], pods: int, skew: int) -> None:
+    nodes = [node(f"n{i}", free_gpus=gpus, labels={"zone": str(i % 3)}) for i, gpus in enumerate(free)]
+    asked = [pod(f"team/p{i:02d}", gpus=1, spread=(SpreadRule("zone", skew),)) for i in range(pods)]
+    plan = plan_placement(snapshot(nodes, asked), effort=100)
+    room = [sum(free[z::3]) for z in range(3)]
+    counts = [sum(int(p.node[1:]) % 3 == z for p in plan.placed) for z in range(3)]
+    assert max(counts) - min(counts) <= skew
+    assert len(plan.placed) == min(pods, sum(min(r, min(room) + skew) for r in room))
 
 
 def test_a_replica_that_spans_nodes_stands_in_one_nvlink_domain_or_nowhere() -> None:
