@@ -163,7 +163,7 @@ def main() -> None:
     ours = Outcome("ours", Ours(), requests)
     on = Outcome("all on, default limit", Fixed(DEFAULT_WATTS), requests)
     fixed = Outcome("all on, cap at 70 %", Fixed(0.7 * DEFAULT_WATTS), requests)
-    targets = (16, 32) if QUICK else (8, 12, 16, 24, 32, 48)
+    targets = (16, 32) if QUICK else (12, 16, 24, 32, 40, 48)
     scaled = [Outcome(f"HPA, {t} requests per replica", QueueLength(t), requests) for t in targets]
     equal = [h for h in scaled if h.minutes >= ours.minutes]
     hpa = max(equal, key=lambda h: h.per_joule) if equal else max(scaled, key=lambda h: h.minutes)
