@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.live import Live
 
+from tokenfactory.twin.board import draw
 from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.fleet import NodePlan
 from tokenfactory.twin.site import Site, SiteError
@@ -173,9 +176,20 @@ async def run(folder: Path, *, smoke: bool, say: Callable[[str], None]) -> None:
             demo.verdict()
             if not smoke:
                 say(f"the factory runs on; look around with KUBECONFIG={cluster.kubeconfig}, end with Ctrl-C")
-                while True:
-                    await asyncio.sleep(10)
-                    await demo.tell_power()
-                    demo.verdict()
+                await _watch(demo)
     finally:
         await asyncio.to_thread(cluster.down)
+
+
+async def _watch(demo: Demo) -> None:
+    """The board in a terminal, a line now and then elsewhere, until interrupted."""
+    console = Console()
+    if not console.is_terminal:
+        while True:
+            await asyncio.sleep(10)
+            await demo.tell_power()
+            demo.verdict()
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(await draw(demo.site, NAMESPACE), refresh=True)
+            await asyncio.sleep(1)

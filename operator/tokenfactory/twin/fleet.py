@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 
 from tokenfactory.api import names
 from tokenfactory.kube.client import Client
+from tokenfactory.twin.addresses import LoopbackBlock
 from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.hollow import HollowKubelet, HollowNode, PodDevices
 from tokenfactory.twin.kubelet import SimulatedKubelet, SimulatedPod
@@ -40,10 +41,10 @@ class NodePlan:
 class FleetNode:
     """One node: simulated GPUs, its PodResources socket, its agent's process."""
 
-    def __init__(self, plan: NodePlan, index: int, folder: Path, cluster: Cluster) -> None:
+    def __init__(self, plan: NodePlan, address: str, folder: Path, cluster: Cluster) -> None:
         self.plan = plan
         self.folder = folder
-        self.address = f"127.66.{index // 250}.{index % 250 + 1}"
+        self.address = address
         self.hardware = SimulatedNode.create(folder / "nvml", plan.product, plan.gpus)
         self._gpus = {gpu.uuid: gpu for gpu in self.hardware.gpus}
         self._cluster = cluster
@@ -125,8 +126,9 @@ class Fleet:
     ) -> None:
         self._cluster = cluster
         self.claims = folder / "claims"
+        self._addresses = LoopbackBlock.acquire()
         self.nodes = {
-            plan.name: FleetNode(plan, index, folder / "nodes" / plan.name, cluster)
+            plan.name: FleetNode(plan, self._addresses.node(index), folder / "nodes" / plan.name, cluster)
             for index, plan in enumerate(plans)
         }
         self._cold_seconds = cold_seconds
@@ -139,7 +141,11 @@ class Fleet:
         self._client = await Client.connect(self._cluster.kubeconfig)
         hollow = [node.hollow for node in self.nodes.values()]
         self.kubelet = HollowKubelet(
-            self._client, hollow, claims=self.claims, cold_seconds=self._cold_seconds
+            self._client,
+            hollow,
+            claims=self.claims,
+            cold_seconds=self._cold_seconds,
+            next_pod_address=self._addresses.next_pod,
         )
         self._task = asyncio.create_task(self.kubelet.run())
         await self.kubelet.registered.wait()
@@ -155,6 +161,7 @@ class Fleet:
             await node.stop()
         if self._client is not None:
             await self._client.close()
+        self._addresses.release()
 
     async def kill_node(self, name: str) -> None:
         """From one moment to the next nothing of the node answers. Its GPUs go on at their last caps."""

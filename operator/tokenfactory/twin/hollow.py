@@ -102,15 +102,21 @@ class HollowKubelet:
     """Runs the pods of many hollow nodes from one watch."""
 
     def __init__(
-        self, client: Client, nodes: list[HollowNode], *, claims: Path, cold_seconds: float = 3.0
+        self,
+        client: Client,
+        nodes: list[HollowNode],
+        *,
+        claims: Path,
+        next_pod_address: Callable[[], str],
+        cold_seconds: float = 3.0,
     ) -> None:
         self._client = client
         self.nodes = {node.name: node for node in nodes}
         self._claims = claims
         self._cold_seconds = cold_seconds
+        self._next_pod_address = next_pod_address
         self._pods = Cache(client, HollowPod, field_selector="spec.nodeName!=")
         self._running: dict[str, _Running] = {}
-        self._last_ip = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.registered = asyncio.Event()
 
@@ -255,7 +261,7 @@ class HollowKubelet:
         uid = pod.metadata.uid or ""
         gpus = node.allocate(uid, _gpus_asked(pod))
         self._publish(node)
-        running.ip = self._next_ip()
+        running.ip = self._next_pod_address()
         folder = node.folder / "pods" / uid
         containers = running.containers = Containers(pod.spec, self._values(running), folder, self._claims)
         common = {"hostIP": node.address, "podIP": running.ip, "podIPs": [{"ip": running.ip}]}
@@ -325,10 +331,6 @@ class HollowKubelet:
             if pod is not None and gpus:
                 devices.append(PodDevices(pod.metadata.namespace or "", pod.metadata.name, gpus))
         node.publish(devices)
-
-    def _next_ip(self) -> str:
-        self._last_ip += 1
-        return f"127.77.{self._last_ip // 250}.{self._last_ip % 250 + 1}"
 
 
 def _gpus_asked(pod: HollowPod) -> int:
