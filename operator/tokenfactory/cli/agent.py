@@ -73,7 +73,7 @@ def agent(
     # Replaces this process: what the command line needed is of no use to one that lives for months. Each GPU has a
     # thread of its own, and glibc would give each of those a heap of its own.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    module = [sys.executable, "-m", "tokenfactory.agent.main", msgspec.json.encode(options).decode()]
+    module = [sys.executable, "-m", "tokenfactory.agent", msgspec.json.encode(options).decode()]
     os.execv(sys.executable, module)  # noqa: S606  # our own module, no shell
 
 

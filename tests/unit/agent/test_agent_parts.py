@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import subprocess
+import sys
 import threading
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -350,3 +352,35 @@ def test_options_have_the_defaults_of_a_real_node() -> None:
     options = AgentOptions(node="n")
     assert options.gate_port == 9402
     assert not options.scrape_loopback
+
+
+LEAN = """
+import sys
+from tokenfactory.agent.__main__ import enter_without_init
+assert enter_without_init("kubernetes", "kubernetes.aio.config")
+import tokenfactory.agent.main
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+BROKEN = """
+import sys
+from tokenfactory.agent.__main__ import enter_without_init
+assert not enter_without_init("kubernetes", "kubernetes.no_such_module")
+import kubernetes
+print(kubernetes.client.__name__)
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_the_process_holds_nothing_that_an_agent_never_uses() -> None:
+    loaded = python(LEAN).split()
+    unwanted = {"kopf", "requests", "requests_oauthlib", "oauthlib", "typer", "rich", "numpy", "grpc_tools"}
+    assert unwanted.isdisjoint(loaded)
+    assert {"aiohttp", "kubernetes", "pynvml"} <= set(loaded)
+
+
+def test_a_package_that_cannot_be_entered_so_is_loaded_as_usual() -> None:
+    assert python(BROKEN).strip() == "kubernetes.client"
