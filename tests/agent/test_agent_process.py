@@ -559,6 +559,6 @@ async def test_under_the_charts_own_rights_it_can_do_all_that_it_does(own_cluste
                 return False
 
             await until(beaten)
-            assert "403" not in node.log.read_text()
+            assert "Forbidden" not in node.log.read_text()
     finally:
         await node.close()
