@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from tokenfactory.api.meta import GROUP
@@ -41,6 +42,7 @@ def class_product(name: str) -> str:
     return name.partition("@")[2]
 
 
+@lru_cache(maxsize=4096)
 def class_owner(name: str) -> tuple[str, str, str] | None:
     """(namespace, factory, model) of a factory's class; None for idle and unmanaged GPUs."""
     parts = name.partition("@")[0].split("/")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Final, NewType
 
 Milliwatts = NewType("Milliwatts", int)
@@ -42,6 +43,7 @@ class QuantityError(ValueError):
     """The text is no such quantity; the message says what to write instead."""
 
 
+@lru_cache(maxsize=4096)
 def parse_power(text: str) -> Milliwatts:
     if not _POWER.fullmatch(text):
         raise QuantityError(
@@ -56,6 +58,7 @@ def parse_power(text: str) -> Milliwatts:
     return Milliwatts(int(value))
 
 
+@lru_cache(maxsize=4096)
 def format_power(power: Milliwatts) -> str:
     """The exact text in the largest unit that leaves a whole part; parse_power gives the same value back."""
     for unit in ("GW", "MW", "kW"):
@@ -68,6 +71,7 @@ def is_percent(text: str) -> bool:
     return text.endswith("%")
 
 
+@lru_cache(maxsize=4096)
 def parse_percent(text: str) -> Fraction:
     """`75%` is 3/4."""
     if not _PERCENT.fullmatch(text):
@@ -82,6 +86,7 @@ def parse_power_or_percent(text: str, whole: Milliwatts) -> Milliwatts:
     return parse_power(text)
 
 
+@lru_cache(maxsize=4096)
 def parse_duration(text: str) -> Milliseconds:
     if not _DURATION.fullmatch(text):
         raise QuantityError(f"{text!r} is not a duration: write for example 500ms, 15s, 5m, 1h30m or 7d")
@@ -101,6 +106,7 @@ def format_duration(duration: Milliseconds) -> str:
     return "".join(parts)
 
 
+@lru_cache(maxsize=4096)
 def parse_decimal(text: str) -> Decimal:
     if not _DECIMAL.fullmatch(text):
         raise QuantityError(f'{text!r} is not a decimal: write it as text in quotes, such as "3.5"')

@@ -52,7 +52,7 @@ class Composed:
 def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     world = see(snapshot)
     grid = lay_out(world)
-    ledger = _ledger(world, grid)
+    ledger = _ledger(world, grid, memory.ledger)
     staffing = staff(world, memory.replicas)
     energy = account(world, grid, memory.energy)
     choice = choose(world, grid, ledger)
@@ -79,7 +79,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     )
     actions += _tell(books)
     plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
-    return Composed(plan, books, Memory(staffing.memory, energy, caps))
+    return Composed(plan, books, Memory(staffing.memory, energy, caps, ledger))
 
 
 def _patient(
@@ -105,12 +105,12 @@ def _patient(
     return targets, held
 
 
-def _ledger(world: World, grid: Grid) -> Ledger:
+def _ledger(world: World, grid: Grid, earlier: Ledger | None) -> Ledger:
     snapshot = world.snapshot
     sheets = {name: sheet for (_, name), sheet in snapshot.sheets.items() if sheet.spec.renewal is None}
     term = snapshot.leadership.term
     leadership = Leadership(term=term, claim_from=term - 1 if snapshot.leadership.clean_start else term)
-    return observe(grid.domains, sheets, snapshot.gpu_nodes.values(), grid.facts, leadership)
+    return observe(grid.domains, sheets, snapshot.gpu_nodes.values(), grid.facts, leadership, earlier)
 
 
 def _publish(world: World, sheets: SheetPlan) -> list[Action]:

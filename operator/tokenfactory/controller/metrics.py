@@ -35,6 +35,6 @@ class Metrics:
             self._limit.labels(name).set(composed.books.grid.limit(name) / 1000)
             self._usable.labels(name).set(domain.usable_milliwatts / 1000)
             self._lost.labels(name).set(len(composed.books.ledger.lost(name)))
-            nodes = [host.held for host in composed.books.world.hosts.values() if host.held]
-            drawn = sum(node.status.draw_milliwatts for node in nodes if name in node.spec.path)
+            hosts = composed.books.world.under.get(name, ())
+            drawn = sum(host.held.status.draw_milliwatts for host in hosts if host.held)
             self._draw.labels(name).set(drawn / 1000)

@@ -184,7 +184,10 @@ class SmallWorld:
     # --- the operator
 
     def plan(self) -> Composed:
-        return compose(self.snapshot(), OPTIONS, self.memory)
+        return self.plan_of(self.snapshot())
+
+    def plan_of(self, snapshot: Snapshot) -> Composed:
+        return compose(snapshot, OPTIONS, self.memory)
 
     def operate(self, most_writes: int | None = None) -> int:
         """One round; dies after `most_writes`. Returns how many writes there were."""

@@ -59,13 +59,7 @@ def _window(world: World, grid: Grid, factory: TokenFactory, before: EnergyWindo
 
 def _meters(world: World, replicas: list[Replica]) -> dict[str, PodMeter]:
     mine = {replica.uid for replica in replicas}
-    return {
-        meter.uid: meter
-        for host in world.hosts.values()
-        if host.held
-        for meter in host.held.status.meters
-        if meter.uid in mine
-    }
+    return {uid: world.meters[uid][1] for uid in mine if uid in world.meters}
 
 
 def _counter(meter: PodMeter) -> Counter:
@@ -85,10 +79,6 @@ def _overhead_milliwatts(world: World, replicas: list[Replica]) -> int:
 def _facility_milliwatts(world: World, grid: Grid, factory: TokenFactory, replicas: list[Replica]) -> int:
     """Its part of the domain's fixed load, by GPUs."""
     domain = grid.tree.domains.get(factory.spec.power.domain)
-    there = sum(
-        host.gpu_count
-        for host in world.hosts.values()
-        if host.held is not None and factory.spec.power.domain in host.held.spec.path
-    )
+    there = sum(host.gpu_count for host in world.under.get(factory.spec.power.domain, ()))
     mine = sum(replica.model.gpus_per_replica for replica in replicas if replica.node)
     return domain.fixed_load_milliwatts * mine // there if domain and there else 0

@@ -17,9 +17,11 @@ def refusals(world: World, tree: Tree, factory: TokenFactory, model: ModelSpec) 
     """Domain → the grant that is missing there; domains that admit the model are left out."""
     namespace = world.snapshot.namespaces.get(("", factory.metadata.namespace or ""))
     labels = namespace.metadata.labels if namespace else {}
+    admits = {at: some for at in tree.domains if (some := _admits(world, at)) is not None}
+    lacking = {at: _missing(some, labels, factory, model, at) for at, some in admits.items()}
     found: dict[str, str] = {}
     for name, domain in tree.domains.items():
-        granting = [at for at in domain.path if _admits(world, at) is not None]
+        granting = [at for at in domain.path if at in admits]
         if not granting:
             if model.band > DEFAULT_BAND:
                 found[name] = (
@@ -27,11 +29,9 @@ def refusals(world: World, tree: Tree, factory: TokenFactory, model: ModelSpec) 
                     f"add an entry to its spec.admits with maxBand {model.band}"
                 )
             continue
-        for at in granting:
-            missing = _missing(_admits(world, at) or (), labels, factory, model, at)
-            if missing:
-                found[name] = missing
-                break
+        missing = next((lacking[at] for at in granting if lacking[at]), "")
+        if missing:
+            found[name] = missing
     return found
 
 

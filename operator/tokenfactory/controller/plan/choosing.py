@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenfactory.api import names
 from tokenfactory.api.quantities import parse_decimal
@@ -12,6 +12,7 @@ from tokenfactory.controller.plan.bidding import hulls_of, model_hull, worthwhil
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.kube.resources import Key, key_of
 from tokenfactory.planning.placement.inputs import (
     NodeCandidate,
     Offer,
@@ -49,8 +50,14 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
     candidates = tuple(
         _candidate(world, grid, host) for host in world.hosts.values() if host.held and host.product
     )
-    pods = tuple(_request(world, grid, name, replica, ranges) for name, replica in sorted(waiting.items()))
-    plan = plan_placement(Snapshot(candidates, pods, _headroom(world, grid, ledger)), effort=_EFFORT)
+    alike: dict[tuple[Key, str], PodRequest] = {}
+    pods = []
+    for name, replica in sorted(waiting.items()):
+        slot = (key_of(replica.factory), replica.model.name)
+        if slot not in alike:
+            alike[slot] = _request(world, grid, name, replica, ranges)
+        pods.append(replace(alike[slot], name=name))
+    plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
     wishes = tuple(Wish(waiting[placed.pod], placed.node, placed.message) for placed in plan.placed)
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
     return Choice(wishes, unplaced)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
 from tokenfactory.planning.efficiency.verdict import Counter, Energy
+from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.steps import Held
 
 
@@ -34,3 +35,5 @@ class Memory:
     energy: Mapping[Key, EnergyWindow] = field(default_factory=dict)
     caps: Mapping[tuple[str, str], Held] = field(default_factory=dict)
     """By (domain, class)."""
+    ledger: Ledger | None = None
+    """Of the last round: what has not changed since is not worked out again."""

@@ -39,8 +39,8 @@ def recover(world: World, factory: TokenFactory) -> Recovered:
         now=rfc3339(world.snapshot.wall),
         lost=lost,
         replicas={replica.name: _facts(world, replica) for replica in replicas},
-        fleet_nodes=sum(1 for host in world.hosts.values() if host.silent_seconds is not None),
-        lost_nodes=sum(1 for host in world.hosts.values() if world.lost(host, after) and not host.fenced),
+        fleet_nodes=world.fleet_nodes,
+        lost_nodes=world.lost_nodes(after),
     )
     verdict = step(factory.status.incidents, situation, factory.spec.recovery)
     by_name = {replica.name: replica for replica in replicas}

@@ -31,12 +31,7 @@ class Staffing:
 
 
 def staff(world: World, remembered: Mapping[tuple[Key, str], Memory]) -> Staffing:
-    meters = {
-        meter.uid: meter
-        for host in world.hosts.values()
-        if host.held and not world.lost(host)
-        for meter in host.held.status.meters
-    }
+    meters = {uid: meter for uid, (host, meter) in world.meters.items() if not world.lost(host)}
     now = world.snapshot.milliseconds
     decisions = {}
     for key, factory in world.snapshot.factories.items():

@@ -17,7 +17,6 @@ from tokenfactory.controller.plan.verdicts import FactoryFacts, domain_verdicts,
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.power.explain import explain
-from tokenfactory.planning.power.ledger import Ledger
 
 Owner = tuple[str, str, str]
 
@@ -28,7 +27,7 @@ def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
     if known is None:
         return []
     charge = ledger.charge(name)
-    nodes = [host for host in world.hosts.values() if host.held and name in host.held.spec.path]
+    nodes = world.under.get(name, ())
     sheet = world.snapshot.sheets.get(("", name))
     generation = domain.metadata.generation
     status = PowerDomainStatus(
@@ -96,20 +95,15 @@ def _moved(before: Sequence[Incident], after: Sequence[Incident]) -> bool:
 def _facts(books: Books, recovered: Recovered, factory: TokenFactory) -> FactoryFacts:
     world = books.world
     replicas = world.replicas_of(factory)
-    uids = {replica.uid: replica for replica in replicas}
-    meters = {
-        meter.uid: meter
-        for host in world.hosts.values()
-        if host.held and not world.lost(host)
-        for meter in host.held.status.meters
-        if meter.uid in uids
-    }
+    uids = [replica.uid for replica in replicas]
+    heard = {uid: world.meters[uid] for uid in uids if uid in world.meters}
+    meters = {uid: meter for uid, (host, meter) in heard.items() if not world.lost(host)}
     facts = FactoryFacts(
         replicas=replicas,
         meters=meters,
         models=(),
         charge_milliwatts=sum(
-            _class_charge(books.ledger, _owner(factory, model)) for model in factory.spec.models
+            books.ledger.owner_charge(_owner(factory, model)) for model in factory.spec.models
         ),
         budget_milliwatts=_budget(books, factory),
         incidents=recovered.incidents,
@@ -126,11 +120,10 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
     metered = facts.metered(model)
     per_joule = _since_start(metered)
     caps = {
-        gpu.enforced_milliwatts
-        for host in books.world.hosts.values()
-        if host.held
-        for gpu in host.held.status.gpus
-        if names.class_owner(gpu.class_name) == owner
+        cap
+        for label, limits in books.world.enforced.items()
+        if names.class_owner(label) == owner
+        for cap in limits
     }
     return ModelStatus(
         name=model.name,
@@ -138,7 +131,7 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
         ready=sum(replica.ready for replica in mine),
         tokens_per_second=decimal(_rate(metered), 0),
         tokens_per_joule=decimal(per_joule) if per_joule else "",
-        charge=watts(_class_charge(books.ledger, owner)),
+        charge=watts(books.ledger.owner_charge(owner)),
         cap=cap_range(caps),
         bound_by=_bound_by(books, owner),
     )
@@ -154,13 +147,7 @@ def _bound_by(books: Books, owner: Owner) -> str:
         return ""
     clearing = books.cleared.settled.clearing
     forest, goods = clearing.market.forest, clearing.market.order.goods
-    places = {
-        (host.held.spec.path[-1], granted.class_name)
-        for host in books.world.hosts.values()
-        if host.held is not None and host.held.spec.path
-        for granted in host.grants
-        if names.class_owner(granted.class_name) == owner
-    }
+    places = books.world.standing.get(owner, frozenset())
     found = [
         explain(clearing, domain, label, books.cleared.settled.adders)
         for domain, label in sorted(places)
@@ -170,16 +157,6 @@ def _bound_by(books: Books, owner: Owner) -> str:
         return ""
     lowest = min(found, key=lambda each: (each.cap_milliwatts, each.domain))
     return lowest.message[:253]
-
-
-def _class_charge(ledger: Ledger, owner: Owner) -> int:
-    """What the ledger charges for this model's GPUs, wherever they may be drawing."""
-    total = 0
-    for line, nodes in ledger.lines.items():
-        for demand in (*line.demands, *line.pending):
-            if names.class_owner(demand.class_name) == owner:
-                total += demand.count * demand.each(ledger.highest(line, demand.class_name)) * len(nodes)
-    return total
 
 
 def _budget(books: Books, factory: TokenFactory) -> int:

@@ -102,14 +102,8 @@ def domain_verdicts(books: Books, name: str) -> dict[str, Verdict]:
 def _behind(world: World, domain: str) -> list[str]:
     sheet = world.snapshot.sheets.get(("", domain))
     found = []
-    for host in world.hosts.values():
-        if (
-            sheet is None
-            or host.held is None
-            or domain not in host.held.spec.path
-            or world.lost(host)
-            or host.fenced
-        ):
+    for host in world.under.get(domain, ()):
+        if sheet is None or host.held is None or world.lost(host) or host.fenced:
             continue
         applied = {entry.domain: entry.epoch for entry in host.held.status.applied}
         if host.silent_seconds is not None and applied.get(domain, 0) < sheet.spec.epoch:

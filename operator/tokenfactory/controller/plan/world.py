@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from tokenfactory.api import names
-from tokenfactory.api.gpu_node import GPUNode, PodGrant
+from tokenfactory.api.gpu_node import GPUNode, PodGrant, PodMeter
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.snapshot import Snapshot
@@ -72,13 +73,13 @@ class GpuHost:
     held: GPUNode | None
     silent_seconds: float | None
 
-    @property
+    @cached_property
     def product(self) -> str:
         """As NVML names it; known once the agent has reported."""
         gpus = self.held.status.gpus if self.held else ()
         return gpus[0].product if gpus else ""
 
-    @property
+    @cached_property
     def gpu_count(self) -> int:
         if self.held and self.held.status.gpus:
             return len(self.held.status.gpus)
@@ -135,13 +136,72 @@ class World:
             if not grant.released
         }
 
+    @cached_property
+    def under(self) -> Mapping[str, tuple[GpuHost, ...]]:
+        """Domain → the hosts whose spec names it on its path."""
+        found: dict[str, list[GpuHost]] = {}
+        for host in self.hosts.values():
+            for domain in host.held.spec.path if host.held else ():
+                found.setdefault(domain, []).append(host)
+        return {domain: tuple(hosts) for domain, hosts in found.items()}
+
+    @cached_property
+    def enforced(self) -> Mapping[str, frozenset[int]]:
+        """Class → the limits that its GPUs read back, in milliwatts."""
+        found: dict[str, set[int]] = {}
+        for host in self.hosts.values():
+            for gpu in host.held.status.gpus if host.held else ():
+                found.setdefault(gpu.class_name, set()).add(gpu.enforced_milliwatts)
+        return {label: frozenset(limits) for label, limits in found.items()}
+
+    @cached_property
+    def standing(self) -> Mapping[tuple[str, str, str], frozenset[tuple[str, str]]]:
+        """(namespace, factory, model) → the (domain, class) pairs that it is granted in."""
+        found: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
+        for host in self.hosts.values():
+            for grant in host.grants if host.held and host.held.spec.path else ():
+                owner = names.class_owner(grant.class_name)
+                if owner is not None and host.held is not None:
+                    found.setdefault(owner, set()).add((host.held.spec.path[-1], grant.class_name))
+        return {owner: frozenset(pairs) for owner, pairs in found.items()}
+
+    @cached_property
+    def meters(self) -> Mapping[str, tuple[GpuHost, PodMeter]]:
+        """Pod UID → what its node's agent last counted for it, heard lately or not."""
+        return {
+            meter.uid: (host, meter)
+            for host in self.hosts.values()
+            if host.held
+            for meter in host.held.status.meters
+        }
+
+    @cached_property
+    def _by_factory(self) -> Mapping[Key, tuple[Replica, ...]]:
+        found: dict[Key, list[Replica]] = {}
+        for replica in self.replicas:
+            found.setdefault(key_of(replica.factory), []).append(replica)
+        return {key: tuple(replicas) for key, replicas in found.items()}
+
     def replicas_of(self, factory: TokenFactory, model: ModelSpec | None = None) -> list[Replica]:
-        key = key_of(factory)
-        return [
-            replica
-            for replica in self.replicas
-            if key_of(replica.factory) == key and (model is None or replica.model.name == model.name)
-        ]
+        mine = self._by_factory.get(key_of(factory), ())
+        return [replica for replica in mine if model is None or replica.model.name == model.name]
+
+    @cached_property
+    def fleet_nodes(self) -> int:
+        """Nodes whose agent was ever heard."""
+        return sum(1 for host in self.hosts.values() if host.silent_seconds is not None)
+
+    @cached_property
+    def _silences(self) -> Sequence[float]:
+        """Rising; of nodes that nobody fenced."""
+        return sorted(
+            host.silent_seconds
+            for host in self.hosts.values()
+            if host.silent_seconds is not None and not host.fenced
+        )
+
+    def lost_nodes(self, after_seconds: float) -> int:
+        return len(self._silences) - bisect_right(self._silences, after_seconds)
 
     def detect_seconds(self, factory: TokenFactory) -> float:
         return parse_duration(factory.spec.recovery.detect_after) / 1000

@@ -26,7 +26,7 @@ import msgspec
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode, GPUStatus
-from tokenfactory.api.names import class_product, idle_class, unmanaged_class
+from tokenfactory.api.names import class_owner, class_product, idle_class, unmanaged_class
 from tokenfactory.planning.power.sheets import Caps, History
 
 UNBOUNDED: Final = 10**15
@@ -267,44 +267,73 @@ class Ledger:
         if history is None:
             return 0
         least = history.spec.epoch + 1
-        for line in self.lines:
-            for name, acked in zip(line.domains, line.acked, strict=True):
-                if name == domain and acked >= max(history.spec.complete_from, 1):
-                    least = min(least, acked)
+        for line in self._lines_of.get(domain, ()):
+            acked = line.acked[line.domains.index(domain)]
+            if acked >= max(history.spec.complete_from, 1):
+                least = min(least, acked)
         return least
 
     def lost(self, domain: str) -> tuple[str, ...]:
         """Silent nodes that stay charged here until they are fenced."""
-        return tuple(
-            name
-            for name, entry in self.entries.items()
-            if entry.kind != "Fenced" and not entry.facts.heard and domain in entry.line.domains
-        )
+        return self._lost.get(domain, ())
+
+    @cached_property
+    def _lost(self) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for name, entry in self.entries.items():
+            if entry.kind != "Fenced" and not entry.facts.heard:
+                for domain in entry.line.domains:
+                    found[domain].append(name)
+        return {domain: tuple(names) for domain, names in found.items()}
+
+    def owner_charge(self, owner: tuple[str, str, str]) -> int:
+        """What the GPUs of one (namespace, factory, model) are charged, wherever they may be drawing."""
+        return self._owners.get(owner, 0)
+
+    @cached_property
+    def _owners(self) -> Mapping[tuple[str, str, str], int]:
+        found: dict[tuple[str, str, str], int] = defaultdict(int)
+        for line, names in self.lines.items():
+            for demand in (*line.demands, *line.pending):
+                owner = class_owner(demand.class_name)
+                if owner is not None:
+                    each = demand.each(self.highest(line, demand.class_name))
+                    found[owner] += demand.count * each * len(names)
+        return found
+
+    @cached_property
+    def _lines_of(self) -> Mapping[str, tuple[Line, ...]]:
+        """Domain → the lines that are charged there."""
+        found: dict[str, list[Line]] = defaultdict(list)
+        for line in self.lines:
+            for domain in line.domains:
+                found[domain].append(line)
+        return {domain: tuple(lines) for domain, lines in found.items()}
 
     def fallback_load(self, domain: str) -> int:
         """What this domain draws at most once hold has run out everywhere and every agent lives (`Feasible`)."""
         total = 0
-        for line, names in self.lines.items():
-            if domain in line.domains:
-                fallen = replace(
-                    line,
-                    demands=tuple(
-                        replace(demand, base=min(demand.base, demand.low)) for demand in line.demands
-                    ),
-                )
-                total += len(names) * fallen.charge(
-                    lambda class_name, line=line: min(  # type: ignore[misc]
-                        (self._fallback(name, class_name) for name in line.domains), default=0
-                    )
-                )
+        for line in self._lines_of.get(domain, ()):
+            total += len(self.lines[line]) * self._fallen[line]
         return total
 
-    def _fallback(self, domain: str, class_name: str) -> int:
-        history = self.histories.get(domain)
-        for cap in history.spec.caps if history is not None else ():
-            if cap.class_name == class_name:
-                return min(cap.cap, cap.fallback)
-        return 0
+    @cached_property
+    def _fallen(self) -> Mapping[Line, int]:
+        """What a node of each line draws at most once it has fallen back."""
+        caps = {
+            domain: {cap.class_name: min(cap.cap, cap.fallback) for cap in history.spec.caps}
+            for domain, history in self.histories.items()
+        }
+        found: dict[Line, int] = {}
+        for line in self.lines:
+            bounds = [caps.get(domain, {}) for domain in line.domains]
+            demands = tuple(replace(demand, base=min(demand.base, demand.low)) for demand in line.demands)
+
+            def fallback(class_name: str, bounds: list[dict[str, int]] = bounds) -> int:
+                return min((bound.get(class_name, 0) for bound in bounds), default=0)
+
+            found[line] = replace(line, demands=demands).charge(fallback)
+        return found
 
     def admit(self, node: str, class_name: str, gpus: int) -> Admission:
         """Would every domain still fit, at once and by every sheet that may be obeyed, with this grant added?"""
@@ -333,8 +362,27 @@ class Ledger:
     def with_node(self, node: GPUNode) -> Ledger:
         """The ledger as it is once this node's object was written: for several admissions in a row."""
         name = node.metadata.name
-        facts = self.entries[name].facts if name in self.entries else NodeFacts()
-        return _summed(replace(self, entries={**self.entries, name: enter(node, facts, self.domains)}))
+        before = self.entries.get(name)
+        entry = enter(node, before.facts if before is not None else NodeFacts(), self.domains)
+        charges, lines = dict(self.charges), dict(self.lines)
+        if before is not None:
+            lines[before.line] = tuple(other for other in lines[before.line] if other != name)
+            if not lines[before.line]:
+                del lines[before.line]
+            for domain in before.line.domains:
+                charges[domain] -= self.line_charge(before.line)
+        lines[entry.line] = (*lines.get(entry.line, ()), name)
+        for domain in entry.line.domains:
+            charges[domain] = charges.get(domain, 0) + self.line_charge(entry.line)
+        after = replace(self, entries={**self.entries, name: entry}, lines=lines, charges=charges)
+        if (
+            before is not None
+            and before.node.spec.term == node.spec.term
+            and before.line.domains == (entry.line.domains)
+        ):
+            after.__dict__["_unclaimed"] = self._unclaimed  # it looks at nothing else of a node
+        after.__dict__["_roots"] = self._roots
+        return after
 
     def with_sheets(self, sheets: Mapping[str, CapSheet]) -> Ledger:
         """The same ledger over other sheets, for what looks at sheets alone: charges stay as they were summed."""
@@ -367,14 +415,30 @@ def observe(
     nodes: Iterable[GPUNode],
     facts: Mapping[str, NodeFacts],
     leadership: Leadership,
+    earlier: Ledger | None = None,
 ) -> Ledger:
-    """The ledger from what the API server holds. Renewals are no sheets: leave them out."""
-    entries = {
-        node.metadata.name: enter(node, facts.get(node.metadata.name, NodeFacts(heard=False)), domains)
-        for node in nodes
-    }
+    """The ledger from what the API server holds. Renewals are no sheets: leave them out.
+
+    `earlier` saves work and changes nothing: a node that is the very same object, under the same facts and the same
+    tree, has the same line.
+    """
+    known = earlier.entries if earlier is not None and _same_shape(earlier.domains, domains) else {}
+    entries: dict[str, Entry] = {}
+    for node in nodes:
+        name = node.metadata.name
+        fact = facts.get(name, NodeFacts(heard=False))
+        held = known.get(name)
+        if held is None or held.node is not node or held.facts != fact:
+            held = enter(node, fact, domains)
+        entries[name] = held
     histories = {name: History.of(sheet.spec) for name, sheet in sheets.items()}
     return _summed(Ledger(domains, sheets, histories, entries, leadership, {}))
+
+
+def _same_shape(one: Mapping[str, Domain], other: Mapping[str, Domain]) -> bool:
+    return {name: domain.parent for name, domain in one.items()} == {
+        name: domain.parent for name, domain in other.items()
+    }
 
 
 def path_of(domains: Mapping[str, Domain], domain: str) -> tuple[str, ...]:

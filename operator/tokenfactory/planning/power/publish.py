@@ -147,6 +147,7 @@ class _Raises:
         self.charges = dict(ledger.charges)
         self.taken: dict[str, Mapping[str, int]] = {}
         self._next: dict[str, tuple[Mapping[str, int], int]] = {}
+        self._missing: dict[str, list[tuple[str, str, int]]] = {}
         self.lines: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
         for line in ledger.lines:
             for domain in line.domains:
@@ -247,6 +248,19 @@ class _Raises:
 
     def _wait(self, domain: str, class_name: str, blocked: str) -> Wait:
         """Names the nodes whose acknowledgement would free watts in the domain that blocks."""
+        missing = self._missing.get(blocked)
+        if missing is None:
+            missing = self._missing[blocked] = self._behind(blocked)
+        return Wait(
+            domain,
+            class_name,
+            "Acknowledgement" if missing else "NoHeadroom",
+            blocked,
+            tuple(missing[:MOST_NAMED]),
+            len(missing),
+        )
+
+    def _behind(self, blocked: str) -> list[tuple[str, str, int]]:
         missing: list[tuple[str, str, int]] = []
         for line, names in self.ledger.lines.items():
             if blocked in line.domains and self.ledger.line_charge(line) > self._charge_when_acked(line):
@@ -256,15 +270,7 @@ class _Raises:
                     if acked < self._next_epoch(at)
                 ]
                 missing.extend((node, *behind[0]) for node in names if behind)
-        missing.sort()
-        return Wait(
-            domain,
-            class_name,
-            "Acknowledgement" if missing else "NoHeadroom",
-            blocked,
-            tuple(missing[:MOST_NAMED]),
-            len(missing),
-        )
+        return sorted(missing)
 
     def _charge_when_acked(self, line: Line) -> int:
         """What is left once every sheet, as cut now, is acknowledged."""
