@@ -58,6 +58,7 @@ def _units(fleet: Fleet, pods: tuple[PodRequest, ...]) -> tuple[Unit, ...]:
         gangs.setdefault(f"gang {pod.gang}" if pod.gang else f"pod {number:09d}", []).append(
             (number, shapes[key])
         )
+    share = {shape: _share(fleet, shape) for shape in shapes.values()}
     highest = max((p.value for p in pods), default=1.0) or 1.0
     return tuple(
         Unit(
@@ -66,7 +67,7 @@ def _units(fleet: Fleet, pods: tuple[PodRequest, ...]) -> tuple[Unit, ...]:
             worth=max(round(sum(s.pod.value for _, s in members) / highest * WORTH_UNITS), 1),
             members=tuple(members),
             gang=name.startswith("gang "),
-            share=sum(_share(fleet, shape) for _, shape in members),
+            share=sum(share[shape] for _, shape in members),
         )
         for name, members in gangs.items()
     )
