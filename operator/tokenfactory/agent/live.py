@@ -56,7 +56,11 @@ class LiveSheets:
 
     @property
     def sheets(self) -> Mapping[str, Sheet]:
-        return self._book.sheets
+        """A sheet that was written anew and cannot be read counts as absent: it may have been a cut."""
+        unread = {name for cache, _ in self._watches.values() for _, name in cache.undecodable}
+        if not unread:
+            return self._book.sheets
+        return {domain: sheet for domain, sheet in self._book.sheets.items() if domain not in unread}
 
     @property
     def renewals(self) -> Mapping[str, int]:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import signal
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tokenfactory.agent.waiting import START_PATH
 from tokenfactory.agent.watchdog import Watchdog
 from tokenfactory.agent.web import Answer, WebServer
 from tokenfactory.api.names import START_GATE_PORT, heartbeat_name
+from tokenfactory.kube.backoff import Backoff
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.errors import ApiError, UnreachableError
 from tokenfactory.kube.lease import Heartbeat
@@ -130,21 +132,31 @@ async def _end_on_signal(obeying: asyncio.Task[None]) -> None:
 async def _beat(client: Client, agent: Agent, options: AgentOptions) -> None:
     """The heartbeat says that the agent gets round, not only that its process exists."""
     key = (options.namespace, heartbeat_name(options.node))
-    heartbeat = Heartbeat(client, key, holder=options.node, every_seconds=options.heartbeat_seconds)
-    failing = False
+    fresh = partial(Heartbeat, client, key, holder=options.node, every_seconds=options.heartbeat_seconds)
+    heartbeat, failing = fresh(), False
+    backoff = Backoff(first_seconds=0.2, longest_seconds=options.heartbeat_seconds)
     while True:
         late = agent.progress.late()
-        problem = f"no progress: {late}" if late else ""
-        try:
-            if not late:
-                async with asyncio.timeout(options.heartbeat_seconds):
-                    await heartbeat.beat()
-        except (ApiError, UnreachableError, TimeoutError) as error:
-            problem = str(error) or "no answer in time"
+        problem = f"no progress: {late}" if late else await _beat_once(heartbeat, options.heartbeat_seconds)
         if problem and not failing:
             log.warning("no heartbeat", extra={"node": options.node, "error": problem})
         failing = bool(problem)
-        await asyncio.sleep(options.heartbeat_seconds)
+        if problem:
+            # A beat whose answer was lost may have been written: the next one looks first, and soon.
+            heartbeat = fresh()
+            await asyncio.sleep(backoff.next())
+        else:
+            backoff.reset()
+            await asyncio.sleep(options.heartbeat_seconds)
+
+
+async def _beat_once(heartbeat: Heartbeat, within_seconds: float) -> str:
+    """Why there was no beat; empty when there was."""
+    try:
+        async with asyncio.timeout(within_seconds):
+            return "" if await heartbeat.beat() else "the Lease was not as it was left"
+    except (ApiError, UnreachableError, TimeoutError) as error:
+        return str(error) or "no answer in time"
 
 
 async def _serve(agent: Agent, options: AgentOptions) -> None:

@@ -14,8 +14,10 @@ from tests.unit.agent.hollow import CHAT, Node
 from tests.unit.agent.virtual import run
 from typer.testing import CliRunner
 
+from tokenfactory.agent import main
 from tokenfactory.agent.guard import Measured, guarded, watch
 from tokenfactory.agent.holders import holdings
+from tokenfactory.agent.live import LiveSheets
 from tokenfactory.agent.main import AgentOptions, JsonFormatter
 from tokenfactory.agent.metrics import render
 from tokenfactory.agent.parts import PodDevices
@@ -384,3 +386,56 @@ def test_the_process_holds_nothing_that_an_agent_never_uses() -> None:
 
 def test_a_package_that_cannot_be_entered_so_is_loaded_as_usual() -> None:
     assert python(BROKEN).strip() == "kubernetes.client"
+
+
+# --- the process's own parts
+
+
+class Beats:
+    """Heartbeats that end as told, and when they were tried."""
+
+    def __init__(self, *outcomes: object) -> None:
+        self.outcomes = list(outcomes)
+        self.at: list[float] = []
+
+    def __call__(self, *_args: object, **_options: object) -> "Beats":
+        return self
+
+    async def beat(self) -> bool:
+        self.at.append(asyncio.get_running_loop().time())
+        outcome = self.outcomes.pop(0) if self.outcomes else True
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return bool(outcome)
+
+
+def beating(monkeypatch, beats: Beats, late: dict[str, float], seconds: float) -> list[float]:
+    async def tell() -> list[float]:
+        monkeypatch.setattr(main, "Heartbeat", beats)
+        agent = SimpleNamespace(progress=SimpleNamespace(late=lambda: late))
+        task = asyncio.create_task(main._beat(None, agent, AgentOptions(node="n", heartbeat_seconds=5)))
+        began = asyncio.get_running_loop().time()
+        await asyncio.sleep(seconds)
+        task.cancel()
+        return [at - began for at in beats.at]
+
+    return run(tell())
+
+
+def test_a_beat_that_failed_is_made_again_soon_and_not_a_whole_period_later(monkeypatch) -> None:
+    at = beating(monkeypatch, Beats(True, TimeoutError(), False, True), {}, 12)
+    assert at[1] == pytest.approx(5)
+    assert at[3] - at[1] < 1
+    assert at[4] - at[3] == pytest.approx(5)
+
+
+def test_an_agent_that_does_not_get_round_does_not_beat(monkeypatch) -> None:
+    assert beating(monkeypatch, Beats(), {"obey": 40.0}, 30) == []
+
+
+def test_a_sheet_that_cannot_be_read_counts_as_absent() -> None:
+    sheets = LiveSheets(None, None)
+    sheets._book.take(None, sheet(1, 500))
+    assert set(sheets.sheets) == {"d"}
+    sheets._watches["t"] = (SimpleNamespace(undecodable={("", "d"): "spec.caps: no array"}), None)
+    assert set(sheets.sheets) == set()
