@@ -9,7 +9,7 @@ as gone elsewhere (P2).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -146,8 +146,9 @@ class _Raises:
         self.targets = targets
         self.charges = dict(ledger.charges)
         self.taken: dict[str, Mapping[str, int]] = {}
+        self._charges: dict[Line, int] = {}
+        self._missing: dict[str, tuple[tuple[str, str, int], ...]] = {}
         self._next: dict[str, tuple[Mapping[str, int], int]] = {}
-        self._missing: dict[str, list[tuple[str, str, int]]] = {}
         self.lines: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
         for line in ledger.lines:
             for domain in line.domains:
@@ -201,6 +202,8 @@ class _Raises:
     def _part(self, domain: str, name: str, granted: Mapping[str, int], low: int, high: int) -> int:
         """The highest cap that fits, to the watt; `high` does not."""
         start = low
+        if self._blocked(domain, {**granted, name: min(low + LEAST_GAIN_MILLIWATTS, high)}) is not None:
+            return start
         while high - low > WHOLE_WATT:
             middle = (low + high) // 2
             if self._blocked(domain, {**granted, name: middle}) is None:
@@ -222,16 +225,26 @@ class _Raises:
         for reached, gain in self._gains(domain, caps).items():
             self.charges[reached] = self.charges.get(reached, 0) + gain
         self.taken[domain] = dict(caps)
+        for name in caps:
+            for line in self.lines[domain][name]:
+                self._charges.pop(line, None)
 
     def _gains(self, domain: str, caps: Mapping[str, int]) -> dict[str, int]:
         """How much the charge rises in every domain that these raises can reach."""
         gains: dict[str, int] = {}
         affected = dict.fromkeys(line for name in caps for line in self.lines[domain][name])
         for line in affected:
-            gain = self._charge(line, domain, caps) - self._charge(line, domain, {})
+            gain = self._charge(line, domain, caps) - self._present(line)
             for reached in line.domains:
                 gains[reached] = gains.get(reached, 0) + gain * len(self.ledger.lines[line])
         return gains
+
+    def _present(self, line: Line) -> int:
+        """The charge with the raises so far."""
+        charge = self._charges.get(line)
+        if charge is None:
+            charge = self._charges[line] = self._charge(line, "", {})
+        return charge
 
     def _charge(self, line: Line, domain: str, caps: Mapping[str, int]) -> int:
         def highest(class_name: str) -> int:
@@ -250,27 +263,27 @@ class _Raises:
         """Names the nodes whose acknowledgement would free watts in the domain that blocks."""
         missing = self._missing.get(blocked)
         if missing is None:
-            missing = self._missing[blocked] = self._behind(blocked)
+            missing = self._missing[blocked] = tuple(sorted(self._behind(blocked)))
         return Wait(
             domain,
             class_name,
             "Acknowledgement" if missing else "NoHeadroom",
             blocked,
-            tuple(missing[:MOST_NAMED]),
+            missing[:MOST_NAMED],
             len(missing),
         )
 
-    def _behind(self, blocked: str) -> list[tuple[str, str, int]]:
-        missing: list[tuple[str, str, int]] = []
+    def _behind(self, blocked: str) -> Iterator[tuple[str, str, int]]:
         for line, names in self.ledger.lines.items():
-            if blocked in line.domains and self.ledger.line_charge(line) > self._charge_when_acked(line):
-                behind = [
-                    (at, self._next_epoch(at))
-                    for at, acked in zip(line.domains, line.acked, strict=True)
-                    if acked < self._next_epoch(at)
-                ]
-                missing.extend((node, *behind[0]) for node in names if behind)
-        return sorted(missing)
+            if blocked not in line.domains:
+                continue
+            behind = [
+                (at, self._next_epoch(at))
+                for at, acked in zip(line.domains, line.acked, strict=True)
+                if acked < self._next_epoch(at)
+            ]
+            if behind and self.ledger.line_charge(line) > self._charge_when_acked(line):
+                yield from ((node, *behind[0]) for node in names)
 
     def _charge_when_acked(self, line: Line) -> int:
         """What is left once every sheet, as cut now, is acknowledged."""
