@@ -64,9 +64,15 @@ def _credit_for_expired_hold(domains, found, nodes, facts, leadership):
 
 
 def _fallen(book, line, demand):
-    fallback = min((book._fallback(domain, demand.class_name) for domain in line.domains), default=0)
+    fallback = min((_fallback(book, domain, demand.class_name) for domain in line.domains), default=0)
     cap = min(max(fallback, demand.low), demand.high)
     return replace(demand, low=cap, high=cap, base=cap, unbounded=cap)
+
+
+def _fallback(book, domain, class_name):
+    sheet = book.sheets.get(domain)
+    found = {cap.class_name: cap.fallback for cap in sheet.spec.caps} if sheet is not None else {}
+    return found.get(class_name, 0)
 
 
 def _only_present_sheets(domains, found, nodes, facts, leadership):

@@ -325,9 +325,12 @@ class Ledger:
             for domain, history in self.histories.items()
         }
         found: dict[Line, int] = {}
-        for line in self.lines:
+        for line, names in self.lines.items():
             bounds = [caps.get(domain, {}) for domain in line.domains]
-            demands = tuple(replace(demand, base=min(demand.base, demand.low)) for demand in line.demands)
+            demands = line.demands
+            if all(self.entries[name].facts.guarded for name in names):
+                # What is enforced now falls too; where foreign pods may land, the default limit stays charged.
+                demands = tuple(replace(demand, base=min(demand.base, demand.low)) for demand in demands)
 
             def fallback(class_name: str, bounds: list[dict[str, int]] = bounds) -> int:
                 return min((bound.get(class_name, 0) for bound in bounds), default=0)
