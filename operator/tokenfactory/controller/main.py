@@ -18,22 +18,28 @@ from pathlib import Path
 
 import msgspec
 
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.checkpoints.keeper import Saved
+from tokenfactory.checkpoints.warm_cache import Restored
 from tokenfactory.controller.actions import Plan
 from tokenfactory.controller.actor import Actor
 from tokenfactory.controller.collector import CheckpointCollector
 from tokenfactory.controller.compose import Options, compose
 from tokenfactory.controller.cutting import Cutter
 from tokenfactory.controller.metrics import Metrics
+from tokenfactory.controller.objects import Deployment, Service
 from tokenfactory.controller.observer import Observer
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.reconciler import Reconciler
 from tokenfactory.controller.renewer import Renewer
-from tokenfactory.controller.shell import KopfShell
+from tokenfactory.controller.shell import WATCHED, KopfShell
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.events import Recorder
 from tokenfactory.kube.lease import Election
+from tokenfactory.kube.objects import Event, Lease, Namespace, Node, Pod
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +56,28 @@ class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     metrics_address: str = ""
 
 
+def _learn_types() -> None:
+    """All types that are decoded later, before there is a second thread (see `shell._take_in`)."""
+    for kind in (
+        *WATCHED,
+        CapSheet,
+        GPUNode,
+        Deployment,
+        Service,
+        Lease,
+        Namespace,
+        Node,
+        Pod,
+        Event,
+        Restored,
+        Saved,
+    ):
+        msgspec.json.Decoder(kind)
+
+
 async def run(options: OperatorOptions) -> None:
     """Return after a polite stop; raise when anything ended that must not."""
+    _learn_types()
     async with await Client.connect(options.kubeconfig) as client:
         identity = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         election = Election(

@@ -111,14 +111,19 @@ class KopfShell:
                 version = int(meta.get("resourceVersion") or 0)
                 self._loop.call_soon_threadsafe(store.delete, key, meta.get("uid", ""), version)
                 return
-            try:
-                obj = msgspec.convert(raw, kind)
-            except msgspec.ValidationError as error:
-                self._loop.call_soon_threadsafe(store.broken, key, str(error))
-                return
-            self._loop.call_soon_threadsafe(store.put, obj)
+            self._loop.call_soon_threadsafe(_take_in, store, kind, key, raw)
 
         return feed
+
+
+def _take_in(store: Store[T], kind: type[T], key: tuple[str, str], raw: dict[str, Any]) -> None:
+    """In the controller's own thread: msgspec learns a type when it first meets it, and two threads at once crash it."""
+    try:
+        obj = msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        store.broken(key, str(error))
+        return
+    store.put(obj)
 
 
 def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:

@@ -18,5 +18,6 @@ def environment(**more: str) -> dict[str, str]:
     """Little of ours, so that a simulated node or pod sees what a real one would; and where the package lies."""
     env = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
     env["PYTHONPATH"] = str(Path(tokenfactory.__file__).resolve().parents[1])
+    env["PYTHONFAULTHANDLER"] = "1"  # a crash in a native library says where
     env[PARENT_VARIABLE] = str(os.getpid())
     return env | more
