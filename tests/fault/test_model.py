@@ -24,10 +24,10 @@ def test_the_first_states_with_one_fault_keep_the_limit(scene: str) -> None:
     assert result.states > 3_000
 
 
-@pytest.mark.parametrize("bug", WHERE)
+@pytest.mark.parametrize("bug", [bug for bug in WHERE if bug != "skip the claim"])
 def test_each_deliberate_bug_is_found_with_its_shortest_trace(bug: str) -> None:
-    (scene,) = WHERE[bug]
-    faults = 2 if bug in {"skip read-back", "trust a cap across a reboot"} else 1
+    """All but the one that takes minutes: that one is left to `make model`."""
+    scene, faults = WHERE[bug]
     result = explore(SCENES[scene], BUGS[bug], faults=faults)
     assert result.violation
     assert 2 <= len(result.trace) <= 23
