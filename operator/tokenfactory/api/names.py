@@ -13,6 +13,7 @@ FACTORY_LABEL: Final = f"{GROUP}/factory"
 MODEL_LABEL: Final = f"{GROUP}/model"
 MANAGED_TAINT: Final = f"{GROUP}/managed"
 RESTORE_ANNOTATION: Final = f"{GROUP}/restore-from"
+DELETION_COST: Final = "controller.kubernetes.io/pod-deletion-cost"
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 HOSTNAME_LABEL: Final = "kubernetes.io/hostname"
 NIM_PORT: Final = 8000

@@ -72,6 +72,15 @@ class DeletePod:
 
 
 @dataclass(frozen=True)
+class MarkPod:
+    """How gladly its ReplicaSet should part with it when there are to be fewer."""
+
+    pod: Pod
+    cost: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class TaintNode:
     """Only pods that know of the power gate may come here."""
 
@@ -114,6 +123,7 @@ Action = (
     | DeleteWorkload
     | OpenGate
     | DeletePod
+    | MarkPod
     | TaintNode
     | RecordCheckpoint
     | WriteStatus

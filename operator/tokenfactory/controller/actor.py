@@ -94,6 +94,10 @@ class Actor:
                 return await self._open(action)
             case act.DeletePod(pod):
                 return await self.writer.delete(Pod, key_of(pod), only_if=Precondition.of(pod, exact=False))
+            case act.MarkPod(pod, cost):
+                annotations = {names.DELETION_COST: cost}
+                mark = {"metadata": {"uid": pod.metadata.uid, "annotations": annotations}}
+                return await self._merge(object_path(Pod, key_of(pod)), mark)
             case act.TaintNode(node, version, taints):
                 body = {"metadata": {"resourceVersion": version}, "spec": {"taints": list(taints)}}
                 return await self._merge(object_path(Node, ("", node)), body)

@@ -20,6 +20,7 @@ from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.replicating import staff
 from tokenfactory.controller.plan.serving import serve
+from tokenfactory.controller.plan.shedding import shed
 from tokenfactory.controller.plan.telling import domain_status, factory_status
 from tokenfactory.controller.plan.world import World, see
 from tokenfactory.controller.snapshot import Snapshot
@@ -65,7 +66,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         for wish in choice.wishes
     ]
     granting = grant(world, ledger, list(choice.wishes))
-    cleared = bidding.clear(world, grid, ledger, coming)
+    cleared = bidding.clear(world, grid, ledger, coming, [label for _, label in memory.shedding.parked])
+    less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
     sheets = plan_sheets(ledger, targets)
     actions: list[Action] = _publish(world, sheets)
@@ -73,13 +75,13 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
     )
     actions += open_gates(world)
-    actions += serve(world, staffing, options.workloads)
-    books = Books(
-        world, grid, ledger, cleared, sheets.waits, staffing, energy, (*choice.unplaced, *granting.waiting)
-    )
+    actions += less.actions
+    actions += serve(world, less.staffing, options.workloads)
+    unplaced = (*choice.unplaced, *granting.waiting)
+    books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less)
     actions += _tell(books)
     plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
-    return Composed(plan, books, Memory(staffing.memory, energy, caps, ledger))
+    return Composed(plan, books, Memory(staffing.memory, energy, caps, less.memory, ledger))
 
 
 def _patient(
@@ -105,7 +107,7 @@ def _patient(
     return targets, held
 
 
-def _ledger(world: World, grid: Grid, earlier: Ledger | None) -> Ledger:
+def _ledger(world: World, grid: Grid, earlier: Ledger | None = None) -> Ledger:
     snapshot = world.snapshot
     sheets = {name: sheet for (_, name), sheet in snapshot.sheets.items() if sheet.spec.renewal is None}
     term = snapshot.leadership.term

@@ -244,6 +244,12 @@ class SmallWorld:
                 self.put(msgspec.structs.replace(pod, spec=spec))
             case act.DeletePod(pod):
                 self.delete_pod(pod)
+            case act.MarkPod(pod, cost):
+                meta = self.objects[Pod][_key(pod)].metadata
+                meta = msgspec.structs.replace(
+                    meta, annotations={**meta.annotations, names.DELETION_COST: cost}
+                )
+                self.put(msgspec.structs.replace(self.objects[Pod][_key(pod)], metadata=meta))
             case act.TaintNode(node, _, taints):
                 held = self.objects[Node][("", node)]
                 spec = msgspec.structs.replace(
@@ -286,6 +292,8 @@ class SmallWorld:
                 for pod in self.objects[Pod].values()
                 if pod.metadata.labels == labels and not pod.metadata.deletion_timestamp
             ]
+            # A ReplicaSet parts first with what does not serve, then by the deletion cost.
+            mine.sort(key=lambda pod: (not pod.status.conditions, -_cost(pod)))
             kept = _rolled(mine, mark, held.spec["replicas"])
             wanted |= {_key(pod) for pod in kept}
             for _ in range(held.spec["replicas"] - len(kept)):
@@ -437,6 +445,10 @@ def _rolled(pods: list[Pod], mark: str, replicas: int) -> list[Pod]:
 
 def _key(obj: Any) -> tuple[str, str]:
     return (obj.metadata.namespace or "", obj.metadata.name)
+
+
+def _cost(pod: Pod) -> int:
+    return int(pod.metadata.annotations.get(names.DELETION_COST, "0"))
 
 
 def _gpu_view(agent: Agent, index: int, holding: dict[str, Pod]) -> GpuView:

@@ -25,7 +25,7 @@ from tokenfactory.planning.power.forest import Fleet, Forest, muster
 from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass, gather_goods
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
-from tokenfactory.planning.power.market import Market
+from tokenfactory.planning.power.market import Clearing, Market
 from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked
 
 FactoryKey = tuple[str, str]
@@ -79,12 +79,19 @@ class _Stand:
     high: int
 
 
-def clear(world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]) -> Cleared | None:
-    """None when there is no domain at all."""
+def clear(
+    world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming], absent: Iterable[str] = ()
+) -> Cleared | None:
+    """None when there is no domain at all. `absent` are classes to know of although nothing of them runs."""
     if not grid.domains:
         return None
     stands, committed = _stands(world, grid, ledger, coming)
-    hulls = hulls_of(world, {label: (each.low, each.high) for (_, label), each in stands.items()})
+    ranges = {label: (each.low, each.high) for (_, label), each in stands.items()}
+    for label in absent:
+        idle = names.idle_class(names.class_product(label))
+        if label not in ranges and idle in ranges and find_model(world, label):
+            ranges[label] = ranges[idle]
+    hulls = hulls_of(world, ranges)
     supply = _supply(world, grid, stands, committed, hulls)
     floors = _price_floors(world, grid, ledger, supply)
     index = supply.goods.factories.index if supply.goods.factories else None
@@ -99,6 +106,38 @@ def clear(world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]) ->
     )
     targets = _targets(supply, settled, lowest, hulls)
     return Cleared(targets, settled, hulls, floors, supply)
+
+
+def with_added(cleared: Cleared, gpus: Mapping[tuple[str, str], int]) -> Clearing:
+    """The market as it would be with these GPUs at work instead of idle, by (domain, class)."""
+    clearing = cleared.settled.clearing
+    if not gpus:
+        return clearing
+    supply, market = cleared.supply, clearing.market
+    forest, index = supply.forest, supply.goods.index
+    fleet = market.fleet
+    counts = dict(
+        zip(
+            zip(fleet.domain.tolist(), fleet.class_index.tolist(), strict=True),
+            fleet.gpus.tolist(),
+            strict=True,
+        )
+    )
+    for (domain, label), count in gpus.items():
+        idle = index.get(names.idle_class(names.class_product(label)))
+        if domain not in forest.index or label not in index or idle is None:
+            continue
+        at = forest.index[domain]
+        moved = min(count, counts.get((at, idle), 0))
+        counts[at, idle] = counts.get((at, idle), 0) - moved
+        counts[at, index[label]] = counts.get((at, index[label]), 0) + moved
+    pairs = sorted(pair for pair, count in counts.items() if count > 0)
+    changed = Fleet(
+        np.array([domain for domain, _ in pairs], dtype=np.int64),
+        np.array([number for _, number in pairs], dtype=np.int64),
+        np.array([counts[pair] for pair in pairs], dtype=np.int64),
+    )
+    return Market(forest, market.order, changed, market.committed).clear(clearing.limits)
 
 
 def recut(last: Cleared, usable: Mapping[str, int]) -> dict[str, dict[str, Allowance]]:
@@ -266,7 +305,9 @@ def _supply(
 def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
     found = find_model(world, label)
     if found is None:
-        return hull.to_class(label, band=0)
+        ours = label == names.idle_class(names.class_product(label))
+        idle = _idle_milliwatts(label) if ours else hull.milliwatts[0]
+        return hull.to_class(label, band=0, idle_milliwatts=idle)
     factory, model = found
     return hull.to_class(
         label,
@@ -275,7 +316,13 @@ def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
         factory=_name(factory),
         gpus_per_replica=model.gpus_per_replica,
         min_replicas=model.replicas.min,
+        idle_milliwatts=_idle_milliwatts(label),
     )
+
+
+def _idle_milliwatts(label: str) -> int:
+    """What one of its GPUs draws without work: what an eviction can hope to free is all above that."""
+    return catalogue.product_of(names.class_product(label)).idle_milliwatts
 
 
 def _name(factory: TokenFactory) -> str:

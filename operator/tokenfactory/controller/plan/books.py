@@ -10,6 +10,7 @@ from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.memory import EnergyWindow
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.replicating import Staffing
+from tokenfactory.controller.plan.shedding import Shed
 from tokenfactory.controller.plan.world import World
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.ledger import Ledger
@@ -26,3 +27,4 @@ class Books:
     staffing: Staffing
     energy: Mapping[Key, EnergyWindow]
     unplaced: Sequence[Unplaced]
+    shed: Shed

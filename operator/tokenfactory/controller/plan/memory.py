@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tokenfactory.controller.plan.shedding import Shedding
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
 from tokenfactory.planning.efficiency.verdict import Counter, Energy
@@ -35,5 +36,6 @@ class Memory:
     energy: Mapping[Key, EnergyWindow] = field(default_factory=dict)
     caps: Mapping[tuple[str, str], Held] = field(default_factory=dict)
     """By (domain, class)."""
+    shedding: Shedding = field(default_factory=Shedding)
     ledger: Ledger | None = None
     """Of the last round: what has not changed since is not worked out again."""

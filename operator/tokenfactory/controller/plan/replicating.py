@@ -21,13 +21,15 @@ class Staffing:
     """By (factory, model): the decision, with the reason that people are told."""
 
     decisions: Mapping[tuple[Key, str], Decision]
+    wanted: Mapping[tuple[Key, str], Decision] | None = None
+    """What traffic alone asks for, where the watts do not carry it."""
 
     def count(self, key: Key, model: str) -> int:
         return self.decisions[key, model].replicas
 
     @property
     def memory(self) -> dict[tuple[Key, str], Memory]:
-        return {slot: decision.memory for slot, decision in self.decisions.items()}
+        return {slot: decision.memory for slot, decision in (self.wanted or self.decisions).items()}
 
 
 def staff(world: World, remembered: Mapping[tuple[Key, str], Memory]) -> Staffing:

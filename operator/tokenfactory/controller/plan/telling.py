@@ -75,9 +75,12 @@ def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) ->
         tokens_per_joule=decimal(per_joule) if per_joule else "",
         ready=f"{facts.ready}/{facts.desired}",
         models=facts.models,
-        waiting=tuple(
-            Waiting(what=entry.replica.name, reason=entry.reason, message=entry.message[:1024])
-            for entry in facts.waiting
+        waiting=(
+            *_parked(books, factory),
+            *(
+                Waiting(what=entry.replica.name, reason=entry.reason, message=entry.message[:1024])
+                for entry in facts.waiting
+            ),
         )[:16],
         incidents=tuple(recovered.incidents),
     )
@@ -85,6 +88,14 @@ def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) ->
         return []
     urgent = turned(before.conditions, status.conditions) or _moved(before.incidents, status.incidents)
     return [WriteStatus(factory, status, urgent=urgent)]
+
+
+def _parked(books: Books, factory: TokenFactory) -> list[Waiting]:
+    return [
+        Waiting(what=model.name, reason="Parked", message=note[:1024])
+        for model in factory.spec.models
+        if (note := books.shed.notes.get((key_of(factory), model.name)))
+    ]
 
 
 def _moved(before: Sequence[Incident], after: Sequence[Incident]) -> bool:

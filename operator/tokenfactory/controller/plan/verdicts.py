@@ -16,6 +16,16 @@ from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.efficiency.operating_point import OperatingPoint
 from tokenfactory.planning.efficiency.verdict import Situation, judge_efficiency
+from tokenfactory.planning.power.steps import Step
+
+_STEPS = {
+    Step.FREE: "",
+    Step.THROTTLE: "; its lowest bands run below what they could use",
+    Step.DRAIN: "; replicas of its lowest bands are drained when this lasts",
+    Step.BELOW_FLOORS: "; no more can be drained, and what runs is below its SLO floor",
+    Step.MINIMUM: "; every GPU is at its minimum",
+    Step.EVICT: "; not even the minimum fits, and pods are evicted when this lasts",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ def domain_verdicts(books: Books, name: str) -> dict[str, Verdict]:
     known = grid.domains[name]
     charge = ledger.charge(name)
     if charge <= known.usable_milliwatts:
-        compliant: Verdict = (True, "WithinLimit", "the charge of its nodes fits the limit")
+        step = _STEPS[books.shed.step(name)]
+        compliant: Verdict = (True, "WithinLimit", f"the charge of its nodes fits the limit{step}")
     else:
         over = watts(charge - known.usable_milliwatts)
         compliant = (
@@ -136,7 +147,8 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
     if refused:
         return (False, "NotAdmitted", "; ".join(refused))
     if facts.ready >= facts.desired:
-        return (True, "AllReady", f"all {facts.desired} replicas serve")
+        parked = [note for (key, _), note in books.shed.notes.items() if key == key_of(factory)]
+        return (True, "AllReady", "; ".join((f"all {facts.desired} replicas serve", *parked)))
     counted = f"{facts.ready} of {facts.desired} replicas serve"
     if facts.waiting:
         first = facts.waiting[0]
