@@ -21,6 +21,7 @@ from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import OwnerReference
 from tokenfactory.controller import actions as act
+from tokenfactory.controller.unsettled import Unsettled, touched
 from tokenfactory.kube.apply import Precondition, Refused, Unchanged, Writer, Written
 from tokenfactory.kube.client import MERGE, Client, Guard
 from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError, UnreachableError
@@ -41,6 +42,7 @@ class Actor:
         self._guard = guard
         self.writer = Writer(client, guard=guard)
         self._told_at: dict[tuple[str, Key], float] = {}
+        self.unsettled = Unsettled()
         self.writes = 0
         self.refused = 0
 
@@ -59,6 +61,7 @@ class Actor:
             try:
                 answer = await self._take(action)
             except (ApiError, UnreachableError) as error:
+                self.unsettled.note(action, error)
                 log.warning("action failed", extra={"action": type(action).__name__, "error": str(error)})
                 complete = False
                 continue
@@ -136,7 +139,8 @@ class Actor:
         """A charge replaces the very version it was planned on; fence and quarantine are in it as they were."""
         if held is None:
             return await self.writer.create(GPUNode, ("", name), {"spec": spec})
-        return await self.writer.replace(msgspec.structs.replace(held, spec=spec))
+        meta = touched(held.metadata) if spec == held.spec else held.metadata
+        return await self.writer.replace(msgspec.structs.replace(held, metadata=meta, spec=spec))
 
     async def _open(self, action: act.OpenGate) -> Written[Any] | Refused:
         """Narrow the affinity, leave the checkpoint's name, remove our gate: one write, over one version."""

@@ -111,7 +111,11 @@ def _ledger(world: World, grid: Grid, earlier: Ledger | None = None) -> Ledger:
     snapshot = world.snapshot
     sheets = {name: sheet for (_, name), sheet in snapshot.sheets.items() if sheet.spec.renewal is None}
     term = snapshot.leadership.term
-    leadership = Leadership(term=term, claim_from=term - 1 if snapshot.leadership.clean_start else term)
+    leadership = Leadership(
+        term=term,
+        claim_from=term - 1 if snapshot.leadership.clean_start else term,
+        unsettled=snapshot.unsettled,
+    )
     return observe(grid.domains, sheets, snapshot.gpu_nodes.values(), grid.facts, leadership, earlier)
 
 

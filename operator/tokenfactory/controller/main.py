@@ -116,7 +116,7 @@ async def _lead(
     observer = Observer(client, options.namespace)
     cutter = Cutter(observer.stores[PowerDomain].snapshot, lambda: observer.sheets.snapshot().objects, actor)
     reconciler = Reconciler(
-        partial(observer.snapshot, leadership),
+        partial(observer.snapshot, leadership, actor.unsettled),
         _Planner(options.plan, metrics, cutter),
         actor,
         generation=lambda: cutter.generation,

@@ -20,6 +20,7 @@ from tokenfactory.controller.objects import Deployment, Service
 from tokenfactory.controller.shell import WATCHED
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.store import Store
+from tokenfactory.controller.unsettled import Unsettled
 from tokenfactory.kube.cache import Cache
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.errors import ApiError, UnreachableError
@@ -100,7 +101,7 @@ class Observer:
                 self._listed.set()
             await asyncio.sleep(60 if complete else 1)
 
-    def snapshot(self, leadership: Leadership) -> Snapshot:
+    def snapshot(self, leadership: Leadership, unsettled: Unsettled) -> Snapshot:
         silent: dict[str, float] = {}
         for lease in self.leases:
             name = lease.metadata.name
@@ -124,8 +125,14 @@ class Observer:
             services=self.services.snapshot().objects,
             namespaces=self.namespaces.snapshot().objects,
             silent_seconds=silent,
+            unsettled=unsettled.still(self._version),
             undecodable=self._undecodable(),
         )
+
+    def _version(self, slot: tuple[str, str]) -> int:
+        kind, name = slot
+        held = self.sheets.get(name) if kind == CapSheet.KIND else self.gpu_nodes.get(name)
+        return int(held.metadata.resource_version or 0) if held is not None else 0
 
     def _undecodable(self) -> dict[tuple[str, Key], str]:
         found: dict[tuple[str, Key], str] = {}

@@ -45,5 +45,7 @@ class Snapshot:
     namespaces: Mapping[Key, Namespace] = field(default_factory=dict)
     silent_seconds: Mapping[str, float] = field(default_factory=dict)
     """By node: how long its agent has been silent, on our own clock; absent: it never had one."""
+    unsettled: frozenset[tuple[str, str]] = frozenset()
+    """(kind, name) of sheets and nodes that we wrote without learning the outcome."""
     undecodable: Mapping[tuple[str, Key], str] = field(default_factory=dict)
     """(kind, key) → why: these objects are not as the snapshot shows them."""
