@@ -148,11 +148,11 @@ class Demo:
         )
 
     async def _checkpoints(self) -> list[dict[str, Any]]:
-        found = await self.site.get("ckpt", "-n", NAMESPACE)
+        found = await self.site.get("ckpt", namespace=NAMESPACE)
         return [item for item in found["items"] if item.get("status", {}).get("phase") == "Ready"]
 
     async def _a_serving_node(self) -> str:
-        pods = await self.site.get("pods", "-n", NAMESPACE)
+        pods = await self.site.get("pods", namespace=NAMESPACE)
         running = [pod for pod in pods["items"] if pod["status"].get("phase") == "Running"]
         return str(running[0]["spec"]["nodeName"])
 

@@ -125,12 +125,11 @@ class Fleet:
         self, cluster: Cluster, folder: Path, plans: list[NodePlan], *, cold_seconds: float = 3.0
     ) -> None:
         self._cluster = cluster
+        self._folder = folder
         self.claims = folder / "claims"
         self._addresses = LoopbackBlock.acquire()
-        self.nodes = {
-            plan.name: FleetNode(plan, self._addresses.node(index), folder / "nodes" / plan.name, cluster)
-            for index, plan in enumerate(plans)
-        }
+        self._made = 0
+        self.nodes = {plan.name: self._make(plan) for plan in plans}
         self._cold_seconds = cold_seconds
         self._task: asyncio.Task[Any] | None = None
         self._client: Client | None = None
@@ -162,6 +161,24 @@ class Fleet:
         if self._client is not None:
             await self._client.close()
         self._addresses.release()
+
+    def _make(self, plan: NodePlan) -> FleetNode:
+        self._made += 1
+        address = self._addresses.node(self._made - 1)
+        return FleetNode(plan, address, self._folder / "nodes" / plan.name, self._cluster)
+
+    async def add(self, plan: NodePlan) -> None:
+        """One more node, as if it had just been racked and booted."""
+        node = self.nodes[plan.name] = self._make(plan)
+        await self.kubelet.join(node.hollow)
+        await node.start()
+
+    async def remove(self, name: str) -> None:
+        """The node is carried out: nothing of it answers, and nothing of it draws."""
+        await self.kill_node(name)
+        node = self.nodes.pop(name)
+        self.kubelet.nodes.pop(name)
+        await node.stop()
 
     async def kill_node(self, name: str) -> None:
         """From one moment to the next nothing of the node answers. Its GPUs go on at their last caps."""

@@ -165,6 +165,11 @@ class HollowKubelet:
 
     # --- nodes
 
+    async def join(self, node: HollowNode) -> None:
+        """One more node, while the others run."""
+        self.nodes[node.name] = node
+        await self._register(node)
+
     async def _register(self, node: HollowNode) -> None:
         manifest = {
             "apiVersion": "v1",
@@ -200,7 +205,7 @@ class HollowKubelet:
 
     async def _keep_leases(self) -> None:
         while True:
-            for node in self.nodes.values():
+            for node in list(self.nodes.values()):
                 if node.alive:
                     with contextlib.suppress(ApiError, UnreachableError):
                         await self._renew(node)

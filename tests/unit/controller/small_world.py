@@ -323,7 +323,12 @@ class SmallWorld:
         ready = (KubeCondition(type="Ready", status="True"),)
         for pod in list(self.objects[Pod].values()):
             agent = self.agents.get(pod.spec.node_name)
-            if agent is None or not agent.alive or pod.status.conditions:
+            if agent is None or not agent.alive:
+                continue
+            if pod.metadata.deletion_timestamp:
+                del self.objects[Pod][_key(pod)]
+                continue
+            if pod.status.conditions:
                 continue
             status = PodStatus(phase="Running", pod_ip="10.0.0.1", conditions=ready)
             self.put(msgspec.structs.replace(pod, status=status))
@@ -428,8 +433,17 @@ class SmallWorld:
     def new_breaches(self) -> list[Breach]:
         """Domains over their limit that draw more than at the last look: a lowered limit may only be approached."""
         found = breaches(self.objects[PowerDomain].values(), self.truth())
-        drew, self._drew = self._drew, self.drawing()
+        drew = dict(self._drew)
+        self.look()
         return [breach for breach in found if breach.drawing_milliwatts > drew.get(breach.domain, 0)]
+
+    def look(self) -> None:
+        """Remember what each domain's nodes draw, wherever people have just put them."""
+        nowhere = [
+            msgspec.structs.replace(each, spec=msgspec.structs.replace(each.spec, limit="1W"))
+            for each in self.objects[PowerDomain].values()
+        ]
+        self._drew = {breach.domain: breach.drawing_milliwatts for breach in breaches(nowhere, self.truth())}
 
     def ready_pods(self) -> list[Pod]:
         return [pod for pod in self.objects[Pod].values() if pod.status.conditions]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
+from tokenfactory.api.meta import Condition, Resource
 from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus, Waiting
 from tokenfactory.api.quantities import Milliwatts, parse_power_or_percent
 from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory, TokenFactoryStatus
-from tokenfactory.controller.actions import Action, WriteStatus
+from tokenfactory.controller.actions import Action, Tell, WriteStatus
 from tokenfactory.controller.plan.books import Books
+from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.recovering import Recovered
 from tokenfactory.controller.plan.status import at_most, cap_range, conditions, decimal, same, turned, watts
 from tokenfactory.controller.plan.verdicts import FactoryFacts, domain_verdicts, factory_verdicts
@@ -19,6 +22,8 @@ from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.power.explain import explain
 
 Owner = tuple[str, str, str]
+MOST_WAITING: Final = 16
+"""Of those who wait, a status lists no more."""
 
 
 def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
@@ -53,7 +58,10 @@ def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
     )
     if same(status, domain.status):
         return []
-    return [WriteStatus(domain, status, urgent=turned(domain.status.conditions, status.conditions))]
+    return [
+        WriteStatus(domain, status, urgent=turned(domain.status.conditions, status.conditions)),
+        *_tell_turned(domain, domain.status.conditions, status.conditions),
+    ]
 
 
 def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) -> list[Action]:
@@ -81,13 +89,47 @@ def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) ->
                 Waiting(what=entry.replica.name, reason=entry.reason, message=entry.message[:1024])
                 for entry in facts.waiting
             ),
-        )[:16],
+        )[:MOST_WAITING],
         incidents=tuple(recovered.incidents),
     )
     if same(status, before):
         return []
-    urgent = turned(before.conditions, status.conditions) or _moved(before.incidents, status.incidents)
-    return [WriteStatus(factory, status, urgent=urgent)]
+    newly = _newly_waiting(before, status, facts)
+    urgent = (
+        bool(newly)
+        or turned(before.conditions, status.conditions)
+        or _moved(before.incidents, status.incidents)
+    )
+    return [
+        WriteStatus(factory, status, urgent=urgent),
+        *_tell_turned(factory, before.conditions, status.conditions),
+        *(Tell(entry.replica.pod, entry.reason, entry.message[:1024], "Warning") for entry in newly),
+    ]
+
+
+def _tell_turned(about: Resource, before: Sequence[Condition], after: Sequence[Condition]) -> list[Action]:
+    """An Event for each condition that turned, in the condition's own words."""
+    known = {(each.type, each.status, each.reason) for each in before}
+    return [
+        Tell(
+            about,
+            each.reason,
+            f"{each.type} is {each.status}: {each.message}"[:1024],
+            "Warning" if each.status == "False" else "Normal",
+        )
+        for each in after
+        if (each.type, each.status, each.reason) not in known
+    ]
+
+
+def _newly_waiting(
+    before: TokenFactoryStatus, after: TokenFactoryStatus, facts: FactoryFacts
+) -> list[Unplaced]:
+    """Replicas whose wait the factory's status tells for the first time."""
+    new = {(entry.what, entry.reason) for entry in after.waiting} - {
+        (entry.what, entry.reason) for entry in before.waiting
+    }
+    return [entry for entry in facts.waiting if (entry.replica.name, entry.reason) in new]
 
 
 def _parked(books: Books, factory: TokenFactory) -> list[Waiting]:

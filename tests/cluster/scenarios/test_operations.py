@@ -1,0 +1,276 @@
+"""What people, nodes and other programs do to a running factory, and an operator that is killed while they do it."""
+
+import asyncio
+import json
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+from tests.cluster.scenarios.scene import OPERATOR, Scene, model, plan
+
+from tokenfactory.api.cap_sheet import renewal_name
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+GPUS = 2
+
+
+async def test_a_rollout_replaces_every_replica_within_the_budget(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=3, env="{name: NIM_LOG_LEVEL, value: DEBUG}")))
+    await scene.ready()
+    before = {pod["metadata"]["uid"] for pod in await scene.serving(3)}
+    await scene.apply(scene.factory(model(replicas=3, image="1.9.0")))
+
+    async def rolled() -> bool:
+        pods = await scene.replicas()
+        images = {pod["spec"]["containers"][0]["image"].rsplit(":")[-1] for pod in pods}
+        variables = {each["name"] for pod in pods for each in pod["spec"]["containers"][0]["env"]}
+        return len(pods) == 3 and images == {"1.9.0"} and "NIM_LOG_LEVEL" not in variables
+
+    await scene.until("all replicas to run the new image, without the variable that went", rolled)
+    await scene.ready()
+    assert not before & {pod["metadata"]["uid"] for pod in await scene.serving(3)}
+
+
+async def test_a_model_is_added_and_removed(scene: Scene):
+    await scene.apply(scene.factory(model("one", replicas=2)))
+    await scene.ready()
+    alone = await scene.charge()
+    kept = {pod["metadata"]["uid"] for pod in await scene.serving(2, model="one")}
+    await scene.apply(scene.factory(model("one", replicas=2), model("two", replicas=1)))
+    await scene.serving(1, model="two")
+    await scene.ready()
+    await scene.apply(scene.factory(model("one", replicas=2)))
+
+    async def gone() -> bool:
+        there = [
+            each["metadata"]["name"]
+            for kind in ("deploy", "svc", "pods")
+            for each in (await scene.site.get(kind, namespace=scene.namespace))["items"]
+        ]
+        return not any(name.startswith("chat-two") for name in there)
+
+    await scene.until("everything of the model to be gone", gone)
+    await scene.until("its watts to be back", lambda: charged_at_most(scene, alone))
+    assert {pod["metadata"]["uid"] for pod in await scene.serving(2, model="one")} == kept
+
+
+async def test_a_node_joins_is_drained_and_leaves(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=8)))
+    await scene.ready()
+    await scene.site.fleet.add(plan(5, "r1"))
+    await scene.apply(scene.factory(model(replicas=9)))
+    await scene.serving(9)
+    there = [pod for pod in await scene.replicas() if pod["spec"]["nodeName"] == "gpu-5"]
+    assert len(there) == 1
+
+    await scene.apply(scene.factory(model(replicas=8)))
+    await scene.kubectl("cordon", "gpu-5")
+    await scene.serving(8)
+    await scene.kubectl("drain", "gpu-5", "--ignore-daemonsets", "--force", "--delete-emptydir-data")
+    await scene.ready()
+    assert "gpu-5" not in {pod["spec"]["nodeName"] for pod in await scene.serving(8)}
+
+    await scene.site.fleet.kill_node("gpu-5")
+    await scene.kubectl("delete", "node", "gpu-5")
+    lost = await scene.until("the node to be counted as lost", lambda: lost_nodes(scene, 1))
+    assert lost, "that its Node object is gone proves nothing"
+    at = {"method": "Person", "by": "test", "at": "2026-11-21T12:00:00Z"}
+    await scene.patch("gn", "gpu-5", {"spec": {"fence": at}}, namespaced=False)
+    await scene.until("its watts to be back", lambda: lost_nodes(scene, 0))
+    await scene.kubectl("delete", "gn", "gpu-5")
+    await scene.site.fleet.remove("gpu-5")
+    assert await scene.condition("tf", "chat", "Ready") == "True"
+
+
+async def test_somebody_elses_pods_on_gpus_are_charged_and_kept_clear_of(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=2)))
+    await scene.ready()
+    before = await scene.charge("rack-2")
+    await scene.mine("run", "stranger", "--image=example.org/train:1", "--overrides", stranger("gpu-4"))
+
+    async def charged() -> bool:
+        node = await scene.site.get("gn", "gpu-4")
+        classes = Counter(gpu.get("class", "").partition("@")[0] for gpu in node["status"]["gpus"])
+        return classes["unmanaged"] == GPUS and await scene.charge("rack-2") >= before + GPUS * 500
+
+    await scene.until("its GPUs to be charged at their default limit", charged)
+    await scene.apply(scene.factory(model(replicas=7)))
+    await scene.ready()
+    everywhere = Counter(pod["spec"]["nodeName"] for pod in await scene.serving(7))
+    assert everywhere["gpu-4"] <= 1
+    await scene.mine("delete", "pod", "stranger")
+    await scene.apply(scene.factory(model(replicas=8)))
+    await scene.ready()
+
+
+async def test_what_others_write_stays_and_what_is_ours_is_put_right(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=2)))
+    await scene.ready()
+    await scene.mine("label", "deploy", "chat-llama", "cost-center=42")
+    await scene.mine("annotate", "deploy", "chat-llama", "example.org/note=theirs")
+    await scene.mine("label", "tf", "chat", "cost-center=42")
+    await scene.mine("scale", "deploy", "chat-llama", "--replicas=5")
+    await scene.patch("svc", "chat-llama", {"spec": {"selector": {"tokenfactory.dev/model": "other"}}})
+    await scene.mine("set", "image", "deploy/chat-llama", "nim=example.org/other:1")
+
+    async def right() -> bool:
+        held = await scene.site.get("deploy", "chat-llama", namespace=scene.namespace)
+        front = await scene.site.get("svc", "chat-llama", namespace=scene.namespace)
+        image = held["spec"]["template"]["spec"]["containers"][0]["image"]
+        return (
+            held["spec"]["replicas"] == 2
+            and image.endswith("llama-3.1-8b-instruct:1.8.0")
+            and front["spec"]["selector"]["tokenfactory.dev/model"] == "llama"
+        )
+
+    await scene.until("what is ours to be as the factory says", right)
+    await scene.ready()
+    held = await scene.site.get("deploy", "chat-llama", namespace=scene.namespace)
+    assert held["metadata"]["labels"]["cost-center"] == "42"
+    assert held["metadata"]["annotations"]["example.org/note"] == "theirs"
+    assert (await scene.site.get("tf", "chat", namespace=scene.namespace))["metadata"]["labels"][
+        "cost-center"
+    ] == "42"
+
+
+async def test_a_settled_factory_costs_no_write_but_leases_and_renewals(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=2)))
+    await scene.ready()
+    await scene.until("everything to be at rest", lambda: at_rest(scene, 12))
+    before, sheets = writes(scene), await versions(scene)
+    renewed = (await scene.site.get("cs", renewal_name("hall")))["metadata"]["generation"]
+
+    async def three_renewals() -> bool:
+        return (await scene.site.get("cs", renewal_name("hall")))["metadata"]["generation"] >= renewed + 3
+
+    await scene.until("three renewals", three_renewals)
+    done = writes(scene) - before
+    assert set(done) <= {("update", "leases"), ("update", "capsheets"), ("patch", "leases")}, done
+    assert await versions(scene) == sheets
+
+
+async def test_edits_all_along_end_as_the_last_one_says(scene: Scene):
+    for number in range(8):
+        band, image = 10 * number, f"1.{number}.0"
+        await scene.apply(scene.factory(model(replicas=1 + number % 4, band=band, image=image)))
+        await scene.patch("pd", "hall", {"spec": {"limit": f"{9 + number % 3}kW"}}, namespaced=False)
+        scene.only_fell()
+    await scene.patch("pd", "hall", {"spec": {"limit": "14kW"}}, namespaced=False)
+    await scene.apply(scene.factory(model(replicas=2, image="2.0.0")))
+    await scene.ready()
+    pods = await scene.serving(2)
+    assert {pod["spec"]["containers"][0]["image"].rsplit(":")[-1] for pod in pods} == {"2.0.0"}
+
+
+async def test_a_deleted_factory_drains_and_gives_its_watts_back(scene: Scene):
+    idle = await scene.charge()
+    await scene.apply(scene.factory(model(replicas=4)))
+    await scene.ready()
+    assert await scene.charge() > idle + 3000
+    await scene.mine("delete", "tf", "chat", "--timeout=20s")
+    await scene.until("its watts to be back", lambda: charged_at_most(scene, idle))
+    await scene.mine("delete", "pvc,svc,deploy", "--all")
+    await scene.kubectl("delete", "namespace", scene.namespace, "--timeout=60s")
+
+
+async def test_an_operator_killed_at_its_writes_ends_where_an_undisturbed_one_does(scene: Scene):
+    """Each operator lives until it has written something; then the next one takes over."""
+    final = scene.factory(model("one", replicas=2, image="1.9.0"), model("two", replicas=1, band=90))
+    await scene.apply(scene.factory(model("one", replicas=3)))
+    for number in range(8):
+        wrote = sum(writes(scene).values())
+        if number == 4:
+            await scene.apply(final)
+        await scene.until("the operator to write", partial(wrote_more, scene, wrote + 1 + number))
+        await asyncio.to_thread(scene.site.stop_operator, kill=True)
+        scene.site.start_operator()
+    await scene.ready()
+    killed = await end(scene)
+    await scene.kubectl("delete", "tf", "--all", "-A", "--timeout=60s")
+    await scene.until("all of it to be gone", scene._empty)
+    await scene.apply(final)
+    await scene.ready()
+    assert await end(scene) == killed
+
+
+async def end(scene: Scene) -> Any:
+    """The state that matters, once nothing more is to be written."""
+    await scene.until("everything to be at rest", lambda: at_rest(scene, 12))
+    status = await scene.status()
+    owned = await scene.site.get("deploy", namespace=scene.namespace)
+    return {
+        "ready": status["ready"],
+        "models": [(each["name"], each["ready"], each["cap"], each["charge"]) for each in status["models"]],
+        "conditions": sorted((each["type"], each["status"], each["reason"]) for each in status["conditions"]),
+        "charge": await scene.charge(),
+        "deployments": [(each["metadata"]["name"], each["spec"]["replicas"]) for each in owned["items"]],
+        "caps": sorted(
+            cap for model in ("one", "two") for cap in scene.caps(await scene.replicas(model=model))
+        ),
+    }
+
+
+async def charged_at_most(scene: Scene, limit_watts: float) -> bool:
+    return await scene.charge() <= limit_watts
+
+
+async def lost_nodes(scene: Scene, count: int) -> bool:
+    return (await scene.site.status("pd", "hall")).get("lostNodes", 0) == count
+
+
+def writes(scene: Scene) -> Counter[tuple[str, str]]:
+    """What the operator wrote so far, by verb and resource. Looking is free."""
+    found: Counter[tuple[str, str]] = Counter()
+    for user, verb, _, resource, subresource in scene.site.cluster.audit_verbs():
+        if user == OPERATOR and verb not in {"get", "list", "watch"}:
+            found[verb, f"{resource}/{subresource}" if subresource else resource] += 1
+    return found
+
+
+def other_writes(scene: Scene) -> int:
+    return sum(count for (_, what), count in writes(scene).items() if what not in {"leases", "capsheets"})
+
+
+async def wrote_more(scene: Scene, count: int) -> bool:
+    return sum(writes(scene).values()) >= count
+
+
+async def at_rest(scene: Scene, seconds: float) -> bool:
+    """Nothing but renewals was written for so long."""
+    before = other_writes(scene), await versions(scene)
+    until = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(0.5)
+        if (other_writes(scene), await versions(scene)) != before:
+            return False
+    return True
+
+
+async def versions(scene: Scene) -> dict[str, str]:
+    """Of the sheets that say what may be drawn: renewals are none of them."""
+    found = await scene.site.get("cs")
+    return {
+        each["metadata"]["name"]: each["metadata"]["resourceVersion"]
+        for each in found["items"]
+        if "renewal" not in each["spec"]
+    }
+
+
+def stranger(node: str) -> str:
+    """A pod that tolerates everything and asks for GPUs of that node."""
+    resources = {"limits": {"nvidia.com/gpu": str(GPUS)}}
+    return json.dumps(
+        {
+            "spec": {
+                "nodeSelector": {"kubernetes.io/hostname": node},
+                "tolerations": [{"operator": "Exists"}],
+                "containers": [{"name": "train", "image": "example.org/train:1", "resources": resources}],
+            }
+        }
+    )

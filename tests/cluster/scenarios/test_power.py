@@ -1,0 +1,129 @@
+"""A factory's watts, from the first apply to the last: what is served inside which limit, and what is said of it."""
+
+import asyncio
+
+import pytest
+from tests.cluster.scenarios.scene import FULL_WATTS, Scene, domain, hall, model, watts
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+
+
+async def test_a_first_apply_becomes_ready_and_kubectl_wait_sees_it(scene: Scene):
+    await scene.apply(scene.factory())
+    said = await scene.mine("wait", "tf/chat", "--for=condition=Ready", "--timeout=90s")
+    assert "condition met" in said
+    status = await scene.status()
+    assert status["ready"] == "3/3"
+    await scene.until("full caps", lambda: full(scene, 3))
+    status = await scene.status()
+    assert all(watts(model["charge"]) >= 2 * 3 * FULL_WATTS for model in status["models"])
+    assert {event["reason"] for event in await scene.said("Pod")} >= {"PowerGranted"}
+
+
+async def test_a_budget_too_small_serves_the_higher_band_and_says_what_is_missing(scene: Scene):
+    await scene.apply(hall("7.7kW"))
+    await scene.apply(scene.factory(model("vital", replicas=2, band=90), model("bulk", replicas=4, band=10)))
+    await scene.serving(2, model="vital")
+
+    async def told() -> bool:
+        ready = await scene.verdict("Ready")
+        return ready.get("status") == "False" and ready["reason"] not in {"Starting", "WaitingForWatts"}
+
+    await scene.until("the factory to say why it is not Ready", told)
+    status = await scene.status()
+    by_name = {each["name"]: each for each in status["models"]}
+    assert by_name["vital"]["ready"] == 2
+    assert by_name["bulk"]["ready"] < 4
+    assert status["waiting"]
+    for entry in status["waiting"]:
+        assert entry["what"].startswith("chat-bulk-")
+        assert "hall" in entry["message"]
+    waits = {event["note"] for event in await scene.said("Pod", "chat-bulk") if event["type"] == "Warning"}
+    assert {entry["message"] for entry in status["waiting"]} <= waits
+    assert scene.drawing() <= 7700
+
+
+async def test_a_budget_is_halved_and_restored_under_load(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=6)))
+    await scene.ready()
+    await scene.until("full caps", lambda: full(scene, 6))
+    began = asyncio.get_running_loop().time()
+    await scene.patch("pd", "hall", {"spec": {"limit": "7kW"}}, namespaced=False)
+    await scene.until("the hardware to be within the new limit", lambda: within(scene, 7000), 20)
+    took = asyncio.get_running_loop().time() - began
+    scene.only_fell()
+    await scene.until("the domain to say so", lambda: compliant(scene, "hall"), 30)
+    assert scene.drawing() <= 7000, f"it was within the limit after {took:.1f} s, and left it again"
+    assert len(await scene.replicas()) == 6
+    await scene.patch("pd", "hall", {"spec": {"limit": "14kW"}}, namespaced=False)
+    await scene.until("full caps again", lambda: full(scene, 6))
+
+
+async def test_two_factories_in_one_domain_are_served_by_band(scene: Scene):
+    await scene.apply(hall("9.2kW"))
+    await scene.apply(scene.factory(model(replicas=3, band=10), name="bulk"))
+    await scene.ready("bulk")
+    await scene.apply(scene.factory(model(replicas=2, band=90), name="vital"))
+    await scene.ready("vital")
+    low, high = await scene.serving(3, "bulk"), await scene.serving(2, "vital")
+
+    async def by_band() -> bool:
+        return min(scene.caps(high)) == FULL_WATTS and max(scene.caps(low)) < FULL_WATTS
+
+    await scene.until("the higher band to have what it can use", by_band)
+
+
+async def test_a_rack_has_a_limit_of_its_own_inside_the_hall(scene: Scene):
+    await scene.apply(domain("rack-1", "3.9kW", parent="hall", rack="r1"))
+    await scene.apply(scene.factory(model(replicas=5)))
+    await scene.ready()
+    serving = await scene.serving(5)
+    in_rack = [pod for pod in serving if pod["spec"]["nodeName"] in {"gpu-1", "gpu-3"}]
+    assert len(in_rack) == 1
+    assert max(scene.caps(in_rack)) < FULL_WATTS
+    assert scene.drawing("r1") <= 3900
+    status = await scene.site.status("pd", "rack-1")
+    assert watts(status["charge"]) <= 3900
+    assert "rack-1" in (await scene.status())["models"][0]["boundBy"]
+
+
+async def test_a_factory_that_may_not_draw_is_told_which_grant_is_missing(scene: Scene):
+    await scene.apply(
+        hall(more="admits: [{namespaceSelector: {matchLabels: {team: inference}}, maxBand: 50}]")
+    )
+    before = await scene.charge()
+    await scene.apply(scene.factory(model(replicas=1)))
+
+    async def refused() -> dict[str, str] | None:
+        ready = await scene.verdict("Ready")
+        return ready if ready.get("reason") == "NotAdmitted" else None
+
+    told = await scene.until("the refusal", refused)
+    assert "admits no namespace like" in told["message"]
+    assert "spec.admits" in told["message"]
+    nodes = await scene.site.get("gn")
+    assert not any(node["spec"].get("pods") for node in nodes["items"])
+    assert await scene.charge() == before
+    await scene.kubectl("label", "namespace", scene.namespace, "team=inference")
+    await scene.ready()
+    await scene.apply(scene.factory(model(replicas=1, band=60)))
+    told = await scene.until("the refusal of the band", refused)
+    assert "up to band 50" in told["message"]
+
+
+async def full(scene: Scene, count: int) -> bool:
+    pods = await scene.replicas()
+    return len(pods) == count and set(scene.caps(pods)) == {FULL_WATTS}
+
+
+async def within(scene: Scene, limit_watts: float) -> bool:
+    return scene.drawing() <= limit_watts
+
+
+async def compliant(scene: Scene, name: str) -> bool:
+    return all([await scene.condition("pd", name, each) == "True" for each in ("Compliant", "Enforced")])

@@ -1,0 +1,162 @@
+"""Random histories of valid specs, nodes and crashes: the budget holds in every round, and the end is the last spec's."""
+
+import json
+import os
+from typing import Any
+
+import msgspec
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+from tests.unit.controller.outcome import outcome
+from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.specs import specs
+from tests.unit.controller.test_crash_points import check_budget, follow
+
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.token_factory import TokenFactory
+
+EXAMPLES = int(os.environ.get("WALKS", "8"))
+NODES = {"a1": "a", "a2": "a", "b1": "b", "b2": "b"}
+AMPLE = "40kW"
+Walk = list[tuple[Any, ...]]
+
+
+def domain(name: str, limit: str, **more: Any) -> str:
+    spec = {"limit": limit, **more}
+    meta = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "PowerDomain", "metadata": {"name": name}}
+    return json.dumps({**meta, "spec": spec})
+
+
+def rack(name: str, limit: str) -> str:
+    selector = {"matchLabels": {"rack": name}}
+    return domain(f"rack-{name}", limit, parent="hall", nodeSelector=selector)
+
+
+def factory(name: str, spec: dict[str, Any]) -> str:
+    meta = {"name": name, "namespace": "inference"}
+    kind = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "TokenFactory"}
+    return json.dumps({**kind, "metadata": meta, "spec": spec})
+
+
+names = st.sampled_from(["chat", "search"])
+nodes = st.sampled_from(sorted(NODES))
+steps = st.one_of(
+    st.tuples(st.just("apply"), names, specs()),
+    st.tuples(st.just("delete"), names),
+    st.tuples(st.just("hall"), st.sampled_from(["6kW", "8kW", "12kW", AMPLE])),
+    st.tuples(st.just("rack"), st.sampled_from("ab"), st.sampled_from(["3kW", "6kW", AMPLE])),
+    st.tuples(st.just("move"), nodes, st.sampled_from("ab")),
+    st.tuples(st.just("cordon"), nodes, st.booleans()),
+    st.tuples(st.just("silent"), nodes, st.booleans()),
+    st.tuples(st.just("crash"), st.integers(0, 6)),
+    st.tuples(st.just("rounds"), st.integers(1, 12)),
+)
+
+
+def take(world: SmallWorld, step: tuple[Any, ...]) -> None:
+    match step:
+        case ("apply", name, spec):
+            world.apply(factory(name, spec))
+        case ("delete", name):
+            if ("inference", name) in world.objects[TokenFactory]:
+                world.delete_factory("inference", name)
+        case ("hall", limit):
+            world.apply(domain("hall", limit, nodeOverhead="500W"))
+        case ("rack", name, limit):
+            world.apply(rack(name, limit))
+        case ("move", node, where):
+            world.label_node(node, rack=where)
+            world.look()
+        case ("cordon", node, on):
+            world.cordon(node, on)
+        case ("silent", node, on):
+            world.agents[node].alive = not on
+        case ("crash", writes):
+            world.operate(most_writes=writes)
+            world.crash()
+        case ("rounds", count):
+            for _ in range(count):
+                turn(world)
+
+
+def turn(world: SmallWorld) -> None:
+    world.others()
+    check_budget(world)
+    world.operate()
+    check_budget(world)
+
+
+def site() -> SmallWorld:
+    world = SmallWorld()
+    for name, where in NODES.items():
+        world.add_node(name, gpus=4, rack=where)
+    make_ample(world)
+    return world
+
+
+def make_ample(world: SmallWorld) -> None:
+    take(world, ("hall", AMPLE))
+    for name in "ab":
+        take(world, ("rack", name, AMPLE))
+    for name, where in NODES.items():
+        take(world, ("move", name, where))
+        take(world, ("cordon", name, False))
+        take(world, ("silent", name, False))
+
+
+def end_of(world: SmallWorld) -> dict[str, Any]:
+    """What must not depend on how one came here: everything but which replica is in which rack."""
+    whole = outcome(world)
+    for each in whole["factories"].values():
+        del each["incidents"]
+    caps: dict[tuple[str, int], int] = {}
+    for (_, model, cap), count in whole["caps"].items():
+        caps[model, cap] = caps.get((model, cap), 0) + count
+    return {
+        "factories": whole["factories"],
+        "hall": whole["domains"]["hall"],
+        "workloads": whole["workloads"],
+        "nodes": whole["nodes"],
+        "replicas": whole["replicas"],
+        "caps": caps,
+    }
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    derandomize="WALKS" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
+)
+@given(st.lists(steps, min_size=3, max_size=14))
+def test_any_walk_keeps_the_budget_and_ends_as_a_fresh_deploy(walk: Walk):
+    world = site()
+    for step in walk:
+        take(world, step)
+        turn(world)
+    make_ample(world)
+    follow(world, most_rounds=200)
+    event(f"{len(world.writes) // 50 * 50}+ writes")
+
+    fresh = site()
+    for (_, name), held in world.objects[TokenFactory].items():
+        fresh.apply(factory(name, msgspec.to_builtins(held.spec)))
+    follow(fresh)
+    assert end_of(world) == end_of(fresh)
+
+
+def test_the_walk_would_see_a_watt_too_many():
+    """A GPU that draws more than its sheets say is found in the very round."""
+    world = site()
+    follow(world)
+    node = next(iter(world.objects[GPUNode].values()))
+    meta = msgspec.structs.replace(node.metadata)
+    assert meta.name in world.agents
+    world.agents[meta.name].enforced[world.agents[meta.name].uuid(0)] = 10**9
+    pods = [msgspec.structs.replace(gpu, pod="x/y") for gpu in node.status.gpus]
+    world.put(msgspec.structs.replace(node, status=msgspec.structs.replace(node.status, gpus=tuple(pods))))
+    assert {each.domain for each in world.new_breaches()} == {
+        each for _, each in world.objects[PowerDomain]
+    } - {"rack-b"}
