@@ -14,7 +14,7 @@ async def draw(site: Site, namespace: str) -> RenderableType:
     """One picture of the site now."""
     domains = (await site.get("pd"))["items"]
     nodes = (await site.get("gn"))["items"]
-    factories = (await site.get("tf", "-n", namespace))["items"]
+    factories = (await site.get("tf", namespace=namespace))["items"]
     return Group(_domains(site, domains), _nodes(site, nodes), _models(factories), _incidents(factories))
 
 
