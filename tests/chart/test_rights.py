@@ -198,7 +198,9 @@ def test_the_policy_is_about_agents_only(installed: Cluster, agent_a: Try):
         ("create", "pods", False),
         ("create", "deployments.apps", True),
         ("create", "capsheets.tokenfactory.dev", True),
-        ("delete", "capsheets.tokenfactory.dev", False),
+        ("delete", "capsheets.tokenfactory.dev", True),
+        ("delete", "gpunodes.tokenfactory.dev", True),
+        ("delete", "powerdomains.tokenfactory.dev", False),
         ("patch", "tokenfactories.tokenfactory.dev/status", True),
         ("patch", "tokenfactories.tokenfactory.dev", False),
         ("patch", "gpunodes.tokenfactory.dev/status", False),
@@ -216,3 +218,28 @@ def test_what_the_operator_may_do(installed: Cluster, verb: str, what: str, allo
     ).stdout.strip()
 
     assert said == ("yes" if allowed else "no")
+
+
+def test_a_domain_with_nodes_is_not_deleted_and_one_without_is(installed: Cluster, agent_a: Try):
+    for name in ("rights-full", "rights-empty"):
+        domain = {
+            "apiVersion": "tokenfactory.dev/v1alpha1",
+            "kind": "PowerDomain",
+            "metadata": {"name": name},
+            "spec": {"limit": "10kW"},
+        }
+        installed.kubectl("apply", "-f", "-", input=json.dumps(domain))
+    patch = ("--subresource=status", "--type=merge", '--patch={"status":{"nodes":3}}')
+    installed.kubectl("patch", "pd", "rights-full", *patch)
+
+    def refused() -> str:
+        done = installed.kubectl("delete", "pd", "rights-full", "--dry-run=server", check=False)
+        return done.stderr if done.returncode else ""
+
+    wait_for(refused, "the policy about domains is in force")
+    assert (
+        "power domain rights-full still has 3 nodes in it or below: first make its nodeSelector" in refused()
+    )
+    installed.kubectl("delete", "pd", "rights-empty", "--wait=true", "--timeout=20s")
+    installed.kubectl("annotate", "pd", "rights-full", "tokenfactory.dev/abandon=true")
+    installed.kubectl("delete", "pd", "rights-full", "--wait=true", "--timeout=20s")

@@ -54,6 +54,14 @@ class DeleteWorkload:
 
 
 @dataclass(frozen=True)
+class Retire:
+    """Delete a sheet or a node of ours that nothing speaks of any more: this very version, or not at all."""
+
+    held: CapSheet | GPUNode
+    reason: str
+
+
+@dataclass(frozen=True)
 class OpenGate:
     """The pod's GPUs are charged and capped: let the scheduler bind it to that node."""
 
@@ -121,6 +129,7 @@ Action = (
     | ChargeNode
     | ApplyWorkload
     | DeleteWorkload
+    | Retire
     | OpenGate
     | DeletePod
     | MarkPod

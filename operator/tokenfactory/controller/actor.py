@@ -89,9 +89,10 @@ class Actor:
                     labels=meta["labels"],
                     owners=tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"]),
                 )
-            case act.DeleteWorkload(held):
+            case act.DeleteWorkload(held) | act.Retire(held):
+                exact = isinstance(action, act.Retire)
                 return await self.writer.delete(
-                    type(held), key_of(held), only_if=Precondition.of(held, exact=False)
+                    type(held), key_of(held), only_if=Precondition.of(held, exact=exact)
                 )
             case act.OpenGate():
                 return await self._open(action)

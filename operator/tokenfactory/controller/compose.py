@@ -19,6 +19,7 @@ from tokenfactory.controller.plan.nodes import charge_nodes
 from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.replicating import staff
+from tokenfactory.controller.plan.retiring import retire
 from tokenfactory.controller.plan.serving import serve
 from tokenfactory.controller.plan.shedding import shed
 from tokenfactory.controller.plan.telling import domain_status, factory_status
@@ -80,6 +81,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     unplaced = (*choice.unplaced, *granting.waiting)
     books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less)
     actions += _tell(books)
+    actions += retire(world, ledger)
     plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
     return Composed(plan, books, Memory(staffing.memory, energy, caps, less.memory, ledger))
 

@@ -53,6 +53,7 @@ class Agent:
     name: str
     gpus: int
     alive: bool = True
+    boot_id: str = "boot-1"
     memory: Memory = field(default_factory=Memory)
     enforced: dict[str, int] = field(default_factory=dict)
     heard_at: datetime = START
@@ -236,6 +237,9 @@ class SmallWorld:
                     spec=manifest["spec"],
                 )
                 self.put(made, new_generation=True)
+            case act.Retire(held):
+                current = self.objects[type(held)].pop(_key(held))
+                assert current.metadata.resource_version == held.metadata.resource_version
             case act.DeleteWorkload(held):
                 del self.objects[type(held)][_key(held)]
             case act.OpenGate(pod, node):
@@ -351,7 +355,7 @@ class SmallWorld:
                 for _ in range(int(pod.spec.containers[0].resources.limits[names.GPU_RESOURCE])):
                     holding[free.pop(0)] = pod
         view = View(
-            boot_id="boot-1",
+            boot_id=agent.boot_id,
             spec=node.spec,
             generation=node.metadata.generation,
             status=node.status,
@@ -372,7 +376,7 @@ class SmallWorld:
         agent.memory, said = read_back(agent.memory, decision, enforced)
         status = GPUNodeStatus(
             observed_generation=said.observed_generation or node.status.observed_generation,
-            boot_id="boot-1",
+            boot_id=agent.boot_id,
             capped=said.capped,
             mode=decision.mode,
             applied=tuple(

@@ -26,9 +26,11 @@ from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass, gathe
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.market import Clearing, Market
-from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked
+from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked, unknown
 
 FactoryKey = tuple[str, str]
+_LEAST_VALUE = 1e-15
+"""Per token, of what is on its way out: less than anything that a factory can ask for."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,11 @@ def hulls_of(world: World, ranges: Mapping[str, tuple[int, int]]) -> dict[str, H
     hulls = {}
     for label, (low, high) in ranges.items():
         found = find_model(world, label)
-        hulls[label] = (
-            parked(low)
-            if found is None
-            else model_hull(world, found[1], names.class_product(label), low, high)
-        )
+        if found is not None:
+            hulls[label] = model_hull(world, found[1], names.class_product(label), low, high)
+        else:
+            # Replicas of a model that is gone finish their requests on what nobody else needs.
+            hulls[label] = unknown(low, high) if names.class_owner(label) else parked(low)
     return hulls
 
 
@@ -307,7 +309,7 @@ def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
     if found is None:
         ours = label == names.idle_class(names.class_product(label))
         idle = _idle_milliwatts(label) if ours else hull.milliwatts[0]
-        return hull.to_class(label, band=0, idle_milliwatts=idle)
+        return hull.to_class(label, band=0, value_per_token=_LEAST_VALUE, idle_milliwatts=idle)
     factory, model = found
     return hull.to_class(
         label,

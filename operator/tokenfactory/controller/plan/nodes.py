@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import msgspec
 
 from tokenfactory.api import names
-from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, PodGrant
+from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, PodGrant
 from tokenfactory.controller.actions import Action, ChargeNode, TaintNode
+from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
 from tokenfactory.kube.objects import Node
 from tokenfactory.planning.power import grants
@@ -96,8 +97,31 @@ def _spec(
         node = so(_renewed(world, node, old))
     for replica in new:
         node = so(grants.granted(node, new_grant(replica, host)))
+    node = so(_fence(world, ledger, host, node, facts))
     overhead = place.overhead_milliwatts if place else node.spec.overhead_milliwatts
     return msgspec.structs.replace(node.spec, overhead_milliwatts=overhead)
+
+
+def _fence(world: World, ledger: Ledger, host: GpuHost, node: GPUNode, facts: NodeFacts) -> GPUNodeSpec:
+    """Fences what its domain takes for off once its Node object is gone; lifts a fence that a later boot ends."""
+    spec, fence = node.spec, node.spec.fence
+    if fence is None:
+        if host.node is not None or facts.heard or not _deleted_means_off(world, spec.path):
+            return spec
+        at = rfc3339(world.snapshot.wall)
+        off = Fence(method="NodeDeleted", by="tokenfactory operator", at=at, boot_id=node.status.boot_id)
+        return msgspec.structs.replace(spec, fence=off)
+    later = node.status.boot_id not in {"", fence.boot_id}
+    back = later or (fence.method == "NodeDeleted" and host.node is not None)
+    if facts.heard and back and ledger.admit_return(node.metadata.name):
+        return msgspec.structs.replace(spec, fence=None)
+    return spec
+
+
+def _deleted_means_off(world: World, path: Path) -> bool:
+    """The deepest domain that the node is in decides: the machines of a rack are alike."""
+    domain = world.snapshot.domains.get(("", path[-1])) if path else None
+    return domain is not None and domain.spec.node_deleted_means_off
 
 
 def _renewed(world: World, node: GPUNode, grant: PodGrant) -> GPUNodeSpec:
@@ -150,6 +174,10 @@ def _difference(held: GPUNodeSpec, spec: GPUNodeSpec) -> str:
     parts += [
         f"{grant.namespace}/{grant.name} off the books" for uid, grant in before.items() if uid not in after
     ]
+    if held.fence is None and spec.fence is not None:
+        parts.append("fenced: its Node object was deleted, and its domain takes that for switched off")
+    if held.fence is not None and spec.fence is None:
+        parts.append("its fence is lifted: its agent reports from a later boot")
     if held.path != spec.path:
         parts.append(f"now under {'/'.join(spec.path) or 'no domain'}")
     if held.former_paths and not spec.former_paths:

@@ -214,10 +214,14 @@ class World:
 def see(snapshot: Snapshot) -> World:
     replicas = []
     foreign: dict[str, list[Pod]] = {}
+    # Pods of a factory or model that was deleted drain under the grants that they have: they are no strangers.
+    charged = {grant.uid for node in snapshot.gpu_nodes.values() for grant in node.spec.pods}
     for pod in snapshot.pods.values():
         owner = _owner(pod, snapshot.factories)
         if owner is not None:
             replicas.append(Replica(pod, *owner))
+        elif pod.metadata.uid in charged:
+            continue
         elif pod.spec.node_name and pod.status.phase not in _FINISHED and _asks_gpus(pod):
             foreign.setdefault(pod.spec.node_name, []).append(pod)
     hosts = {
