@@ -6,18 +6,24 @@ beside them (an annotation, a sidecar injected at admission, an HPA's label) sta
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Final
 
 import msgspec
 
 from tokenfactory.api import names
+from tokenfactory.api.meta import GROUP
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
+from tokenfactory.controller.objects import Deployment, Service, says
 
 Object = dict[str, Any]
 
 CACHE_PATH: Final = "/opt/nim/.cache"
 STORE_PATH: Final = "/checkpoints"
+SPEC_LABEL: Final = f"{GROUP}/spec"
+"""On what we apply: the digest of the spec that we applied."""
 _SECURITY: Final[Object] = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -45,38 +51,45 @@ def workload_labels(factory: TokenFactory, model: ModelSpec) -> dict[str, str]:
 def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions) -> Object:
     """No surge: a rollout never needs watts for an old and a new replica at once."""
     labels = workload_labels(factory, model)
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": _metadata(factory, model),
-        "spec": {
-            "replicas": replicas,
-            "revisionHistoryLimit": 3,
-            "progressDeadlineSeconds": 3600,
-            "selector": {"matchLabels": labels},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
-            "template": {"metadata": {"labels": labels}, "spec": _pod_spec(factory, model, options)},
-        },
+    spec: Object = {
+        "replicas": replicas,
+        "revisionHistoryLimit": 3,
+        "progressDeadlineSeconds": 3600,
+        "selector": {"matchLabels": labels},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
+        "template": {"metadata": {"labels": labels}, "spec": _pod_spec(factory, model, options)},
     }
+    return _owned("apps/v1", "Deployment", factory, model, spec)
 
 
 def service(factory: TokenFactory, model: ModelSpec) -> Object:
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": _metadata(factory, model),
-        "spec": {
-            "selector": workload_labels(factory, model),
-            "ports": [{"name": "http", "port": names.NIM_PORT, "targetPort": "http", "protocol": "TCP"}],
-        },
+    spec: Object = {
+        "selector": workload_labels(factory, model),
+        "ports": [{"name": "http", "port": names.NIM_PORT, "targetPort": "http", "protocol": "TCP"}],
     }
+    return _owned("v1", "Service", factory, model, spec)
 
 
-def _metadata(factory: TokenFactory, model: ModelSpec) -> Object:
+def is_as(held: Deployment | Service, wanted: Object) -> bool:
+    """Does the object say all that we want of it, and was it last applied with just that?
+
+    The first sees what others changed. Only the second sees a field that we wanted once and want no more.
+    """
+    applied = wanted["metadata"]["labels"][SPEC_LABEL]
+    return held.metadata.labels.get(SPEC_LABEL) == applied and says(held.spec, wanted["spec"])
+
+
+def _owned(api_version: str, kind: str, factory: TokenFactory, model: ModelSpec, spec: Object) -> Object:
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    metadata = _metadata(factory, model, {SPEC_LABEL: digest})
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def _metadata(factory: TokenFactory, model: ModelSpec, labels: dict[str, str]) -> Object:
     return {
         "name": workload_name(factory, model),
         "namespace": factory.metadata.namespace,
-        "labels": workload_labels(factory, model),
+        "labels": workload_labels(factory, model) | labels,
         "ownerReferences": [
             {
                 "apiVersion": factory.api_version,

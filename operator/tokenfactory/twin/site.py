@@ -113,7 +113,9 @@ class Site:
     # --- looking and waiting
 
     async def apply(self, text: str) -> None:
-        await asyncio.to_thread(self.cluster.kubectl, "apply", "--server-side", "-f", "-", input=text)
+        """As a person who means it: what another tool has changed meanwhile is ours again."""
+        command = ("apply", "--server-side", "--force-conflicts", "-f", "-")
+        await asyncio.to_thread(self.cluster.kubectl, *command, input=text)
 
     async def get(self, kind: str, name: str = "", *, namespace: str = "", labels: str = "") -> Any:
         """One object, or the list of all of them. By a request of our own: a kubectl each time is most of a core."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from tokenfactory.api import names
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.actions import Action, ApplyWorkload, DeleteWorkload
-from tokenfactory.controller.objects import Deployment, Service, says
+from tokenfactory.controller.objects import Deployment, Service
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import World
-from tokenfactory.controller.workloads import WorkloadOptions, deployment, service, workload_name
+from tokenfactory.controller.workloads import WorkloadOptions, deployment, is_as, service, workload_name
 from tokenfactory.kube.resources import Key
 
 
@@ -40,7 +40,7 @@ def _keep(
     actions: list[Action] = []
     wanted = deployment(factory, model, count, options)
     held = world.snapshot.deployments.get(key)
-    if held is None or not says(held.spec, wanted["spec"]):
+    if held is None or not is_as(held, wanted):
         reason = (
             f"{count} replicas of {model.name}"
             if held is None
@@ -49,7 +49,7 @@ def _keep(
         actions.append(ApplyWorkload(Deployment, key, wanted, reason))
     front = service(factory, model)
     held_service = world.snapshot.services.get(key)
-    if held_service is None or not says(held_service.spec, front["spec"]):
+    if held_service is None or not is_as(held_service, front):
         actions.append(ApplyWorkload(Service, key, front, f"an address for {model.name}"))
     return actions
 

@@ -59,7 +59,7 @@ def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
     if same(status, domain.status):
         return []
     return [
-        WriteStatus(domain, status, urgent=turned(domain.status.conditions, status.conditions)),
+        WriteStatus(domain, status, urgent=_urgent(domain.status, status)),
         *_tell_turned(domain, domain.status.conditions, status.conditions),
     ]
 
@@ -95,16 +95,21 @@ def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) ->
     if same(status, before):
         return []
     newly = _newly_waiting(before, status, facts)
-    urgent = (
-        bool(newly)
-        or turned(before.conditions, status.conditions)
-        or _moved(before.incidents, status.incidents)
-    )
+    urgent = bool(newly) or _urgent(before, status) or _moved(before.incidents, status.incidents)
     return [
         WriteStatus(factory, status, urgent=urgent),
         *_tell_turned(factory, before.conditions, status.conditions),
         *(Tell(entry.replica.pod, entry.reason, entry.message[:1024], "Warning") for entry in newly),
     ]
+
+
+def _urgent(
+    before: PowerDomainStatus | TokenFactoryStatus, after: PowerDomainStatus | TokenFactoryStatus
+) -> bool:
+    """A condition turned, or this is the first word on a spec that somebody has just written."""
+    return before.observed_generation != after.observed_generation or turned(
+        before.conditions, after.conditions
+    )
 
 
 def _tell_turned(about: Resource, before: Sequence[Condition], after: Sequence[Condition]) -> list[Action]:
