@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import msgspec
 
-from tokenfactory.api.meta import Api, LabelSelector, Resource
+from tokenfactory.api.meta import Api, Resource
 
 
 class ObjectRef(Api, frozen=True, kw_only=True, gc=False):
@@ -185,11 +185,6 @@ class Lease(Resource, frozen=True, kw_only=True, gc=False):
 # --- deployments and services
 
 
-class DeploymentSpec(Api, frozen=True, kw_only=True, gc=False):
-    replicas: int = 1
-    selector: LabelSelector = LabelSelector()
-
-
 class DeploymentStatus(Api, frozen=True, kw_only=True, gc=False):
     observed_generation: int = 0
     replicas: int = 0
@@ -197,17 +192,6 @@ class DeploymentStatus(Api, frozen=True, kw_only=True, gc=False):
     available_replicas: int = 0
     updated_replicas: int = 0
     conditions: tuple[KubeCondition, ...] = ()
-
-
-class Deployment(Resource, frozen=True, kw_only=True, gc=False):
-    KIND: ClassVar[str] = "Deployment"
-    PLURAL: ClassVar[str] = "deployments"
-    SHORT: ClassVar[str] = "deploy"
-    NAMESPACED: ClassVar[bool] = True
-
-    api_version: str = "apps/v1"
-    spec: DeploymentSpec = DeploymentSpec()
-    status: DeploymentStatus = DeploymentStatus()
 
 
 class ServicePort(Api, frozen=True, kw_only=True, gc=False):

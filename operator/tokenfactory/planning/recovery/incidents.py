@@ -7,7 +7,7 @@ says which step an incident is in, and what may be done in it; it starts nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -65,7 +65,6 @@ class Verdict:
     """Pods of recorded incidents that may be deleted, so that their work starts elsewhere."""
     storm: str = ""
     """Not empty: too many nodes were lost at once for this to be their own fault. Nothing new is started."""
-    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def step(recorded: Sequence[Incident], situation: Situation, policy: Recovery) -> Verdict:
