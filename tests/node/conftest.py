@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from tests.node import machine
+import yaml
+from tests.node import machine, nvidia_runtime
 from tests.node.device_plugin import DevicePlugin
 from tests.node.image import REPOSITORY, Images
 from tests.node.real_node import RealNode
@@ -62,6 +63,8 @@ def hardware(real_node: RealNode) -> Iterator[SimulatedNode]:
 def plugin(real_node: RealNode, hardware: SimulatedNode) -> Iterator[DevicePlugin]:
     """The GPUs are offered: pods can ask for them."""
     serving = DevicePlugin(real_node.kubelet_folder / "device-plugins", hardware)
+    nvidia_runtime.install(real_node.nvidia_runtime, hardware)
+    real_node.cluster.kubectl("apply", "-f", "-", input=yaml.safe_dump(nvidia_runtime.RUNTIME_CLASS))
     serving.start()
     wait_for(lambda: real_node.gpus_offered() == GPUS, f"{GPUS} GPUs to be offered")
     yield serving

@@ -1,6 +1,6 @@
 """The images of the node tests, made without a registry or a builder: this interpreter, our wheel, what it needs.
 
-An image is a tar archive in OCI layout that `ctr images import` reads. Three layers: the interpreter with the shared
+Ours, a model's that stands on it (model.py), and the `pause` that holds a pod's network. An image is a tar archive in OCI layout that `ctr images import` reads. Three layers: the interpreter with the shared
 libraries that it and the wheels load, the packages that the wheel depends on, the wheel. The first two are kept in
 the cache under a hash of what they are made from; only the third is made anew when the product changes. Nine
 seconds the first time, one after a change.
@@ -32,11 +32,14 @@ from tokenfactory.twin import toolchain
 
 REPOSITORY = Path(__file__).parents[2]
 IMAGE = "tokenfactory.dev/tokenfactory:test"
+MODEL = "tokenfactory.dev/model:test"
 PAUSE = "tokenfactory.dev/pause:test"
+ENTRYPOINTS = {IMAGE: ["tokenfactory"], MODEL: ["python3", "/model.py"], PAUSE: ["/pause"]}
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 SITE = f"usr/local/lib/{VERSION}/site-packages"
 UNUSED = {"__pycache__", "site-packages", "test", "idlelib", "tkinter", "lib2to3", "ensurepip", "turtledemo"}
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_MODEL = Path(__file__).parent / "model.py"
 _PAUSE = """
 #include <signal.h>
 #include <unistd.h>
@@ -52,7 +55,7 @@ _FILES = {
 
 
 class Images:
-    """Our image and the sandboxes' `pause`, as layers in the cache; `write` makes the archive of them."""
+    """The three images as layers in the cache; `write` makes the archive of them."""
 
     def __init__(self, say: toolchain.Say = toolchain.say_on_stderr) -> None:
         maker = _text(Path(__file__))
@@ -61,7 +64,11 @@ class Images:
             _layer(f"packages-{_key(sys.version, *_dependencies(), maker)}", _packages, say),
             _layer(f"wheel-{_key(*_sources(), maker)}", _wheel, say),
         ]
-        self.layers = {IMAGE: product, PAUSE: [_layer(f"pause-{_key(maker)}", _pause, say)]}
+        model = _layer(
+            f"model-{_key(_text(_MODEL))}", lambda out: out.add(_MODEL, "model.py", filter=_plain), say
+        )
+        pause = _layer(f"pause-{_key(_PAUSE)}", _pause, say)
+        self.layers = {IMAGE: product, MODEL: [*product, model], PAUSE: [pause]}
         _keep_newest(_folder())
 
     def write(self, to: IO[bytes]) -> None:
@@ -188,19 +195,22 @@ def _sources() -> Iterator[str]:
 def _layout(out: tarfile.TarFile, contents: dict[str, list[Path]]) -> None:
     """An OCI image layout; layers are not compressed: they never travel."""
     index = []
+    digests: dict[Path, str] = {}
     for name, layers in contents.items():
         described = []
         for layer in layers:
-            digest = _digest_of(layer)
+            known = layer in digests
+            digest = digests.setdefault(layer, digests.get(layer) or _digest_of(layer))
             described.append(
                 _descriptor("application/vnd.oci.image.layer.v1.tar", digest, layer.stat().st_size)
             )
-            out.add(layer, f"blobs/sha256/{digest}")
+            if not known:
+                out.add(layer, f"blobs/sha256/{digest}")
         config = {
             "architecture": ARCHITECTURES.get(platform.machine(), platform.machine()),
             "os": "linux",
             "config": {
-                "Entrypoint": ["/pause"] if name == PAUSE else ["tokenfactory"],
+                "Entrypoint": ENTRYPOINTS[name],
                 "Env": ["PATH=/usr/local/bin:/usr/bin", "HOME=/tmp", "PYTHONDONTWRITEBYTECODE=1"],
             },
             "rootfs": {"type": "layers", "diff_ids": [it["digest"] for it in described]},

@@ -50,6 +50,7 @@ class RealNode:
         self.link = f"tfnode{subnet}"
         self.machine_address, self.address = f"198.18.{subnet}.1", f"198.18.{subnet}.2"
         self.pod_network = f"198.18.{subnet}.128/25"
+        self.nvidia_runtime = self.folder / "nvidia-container-runtime"
         self.kubelet_folder = self.folder / "var-lib" / "kubelet"
         self._init: subprocess.Popen[bytes] | None = None
         self._cluster: Cluster | None = None
@@ -203,6 +204,11 @@ oom_score = 0
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
       SystemdCgroup = false
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nvidia]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nvidia.options]
+      SystemdCgroup = false
+      BinaryName = "{self.nvidia_runtime}"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{self.runtime.plugins}"
     conf_dir = "{self.folder}/cni"
@@ -310,9 +316,10 @@ oom_score = 0
 
     def logs(self, lines: int = 30) -> str:
         parts = []
-        for log in sorted(self.folder.glob("*.log")):
+        of_pods = (self.folder / "var-log").glob("pods/*/*/*.log")
+        for log in (*sorted(self.folder.glob("*.log")), *sorted(of_pods)):
             tail = log.read_text(errors="replace").splitlines()[-lines:]
-            parts.append("\n".join([f"--- {log.name}", *tail]))
+            parts.append("\n".join([f"--- {log.relative_to(self.folder)}", *tail]))
         return "\n".join(parts) + "\n"
 
 

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import yaml
-from tests.node.device_plugin import RESOURCE, VISIBLE
-from tests.node.image import IMAGE, REPOSITORY
+from tests.node.device_plugin import RESOURCE
+from tests.node.image import IMAGE, MODEL, REPOSITORY
 from tests.node.real_node import NodeError, RealNode
 
 from tokenfactory.api.gpu_node import GPUNodeStatus, PodGrant
@@ -28,17 +28,6 @@ NAMESPACE = "tokenfactory-system"
 CHAT_CAP, IDLE_CAP, DEFAULT_CAP = 600_000, 250_000, 700_000
 QUICK = ("observe=0.5", "pods=0.5", "report=2", "reopen=0.2", "tick=1")
 RENEW_SECONDS = 0.5
-
-# What a model does first in its pod: it asks NVML what it may draw.
-_MODEL = f"""
-import json, os, signal, pynvml
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-pynvml.nvmlInit()
-uuids = os.environ["{VISIBLE}"].split(",")
-handles = [pynvml.nvmlDeviceGetHandleByUUID(it) for it in uuids]
-print(json.dumps({{it: pynvml.nvmlDeviceGetEnforcedPowerLimit(at) for it, at in zip(uuids, handles)}}), flush=True)
-signal.pause()
-"""
 
 
 async def until(holds: Callable[[], Any], what: str, seconds: float = 60) -> Any:
@@ -160,9 +149,8 @@ class World:
         }
         model = {
             "name": "model",
-            "image": IMAGE,
+            "image": MODEL,
             "imagePullPolicy": "Never",
-            "command": ["python3", "-c", _MODEL],
             "resources": {"limits": {RESOURCE: gpus}},
         }
         pod = {

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import kopf
@@ -128,4 +130,10 @@ def _take_in(store: Store[T], kind: type[T], key: tuple[str, str], raw: dict[str
 
 def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
     """As the pod that we run in, else from the user's kubeconfig."""
-    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    in_pod = kopf.login_with_service_account(**kwargs)
+    host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if in_pod and host:
+        # Kopf would ask the cluster's DNS for the API server. What hands out watts must start before anything
+        # that needs some: the kubelet has told the address.
+        return replace(in_pod, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
+    return in_pod or kopf.login_with_kubeconfig(**kwargs)
