@@ -131,7 +131,10 @@ def _take_in(store: Store[T], kind: type[T], key: tuple[str, str], raw: dict[str
 def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
     """As the pod that we run in, else from the user's kubeconfig."""
     in_pod = kopf.login_with_service_account(**kwargs)
-    host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    host, port = (
+        os.environ.get("KUBERNETES_SERVICE_HOST", ""),
+        os.environ.get("KUBERNETES_SERVICE_PORT", "443"),
+    )
     if in_pod and host:
         # Kopf would ask the cluster's DNS for the API server. What hands out watts must start before anything
         # that needs some: the kubelet has told the address.
