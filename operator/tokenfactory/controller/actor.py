@@ -7,6 +7,7 @@ written stands, whatever was not will be planned again.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -45,6 +46,15 @@ class Actor:
         self.unsettled = Unsettled()
         self.writes = 0
         self.refused = 0
+        self.idle = asyncio.Event()
+        """No write is under way."""
+        self.idle.set()
+        self._under_way = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Begin no further write; the one that is under way is awaited."""
+        self._closed = True
 
     async def execute(
         self, actions: Sequence[act.Action], may_raise: Callable[[], bool] = lambda: True
@@ -55,11 +65,13 @@ class Actor:
         """
         complete = True
         for action in actions:
+            if self._closed:
+                return False
             if _raises(action) and not may_raise():
                 complete = False
                 continue
             try:
-                answer = await self._take(action)
+                answer = await self._watched(action)
             except (ApiError, UnreachableError) as error:
                 self.unsettled.note(action, error)
                 log.warning("action failed", extra={"action": type(action).__name__, "error": str(error)})
@@ -73,6 +85,23 @@ class Actor:
                 self.writes += 1
                 self._tell_of(action)
         return complete
+
+    async def _watched(self, action: act.Action) -> Written[Any] | Unchanged | Refused:
+        """One that is cancelled on its way stays under way: nobody knows what became of it."""
+        self._under_way += 1
+        self.idle.clear()
+        try:
+            answer = await self._take(action)
+        except (ApiError, UnreachableError):
+            self._answered()
+            raise
+        self._answered()
+        return answer
+
+    def _answered(self) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self.idle.set()
 
     async def _take(self, action: act.Action) -> Written[Any] | Unchanged | Refused:
         match action:

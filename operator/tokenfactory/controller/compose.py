@@ -115,7 +115,7 @@ def _ledger(world: World, grid: Grid, earlier: Ledger | None = None) -> Ledger:
     term = snapshot.leadership.term
     leadership = Leadership(
         term=term,
-        claim_from=term - 1 if snapshot.leadership.clean_start else term,
+        claim_from=snapshot.leadership.claim_from,
         unsettled=snapshot.unsettled,
     )
     return observe(grid.domains, sheets, snapshot.gpu_nodes.values(), grid.facts, leadership, earlier)

@@ -28,6 +28,7 @@ from tokenfactory.controller.actor import Actor
 from tokenfactory.controller.collector import CheckpointCollector
 from tokenfactory.controller.compose import Options, compose
 from tokenfactory.controller.cutting import Cutter
+from tokenfactory.controller.handover import highest_term, settled
 from tokenfactory.controller.metrics import Metrics
 from tokenfactory.controller.objects import Deployment, Service
 from tokenfactory.controller.observer import Observer
@@ -81,7 +82,11 @@ async def run(options: OperatorOptions) -> None:
     async with await Client.connect(options.kubeconfig) as client:
         identity = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         election = Election(
-            client, (options.namespace, "tokenfactory-operator"), identity, options.lease_seconds
+            client,
+            (options.namespace, "tokenfactory-operator"),
+            identity,
+            options.lease_seconds,
+            highest_term=partial(highest_term, client),
         )
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -94,12 +99,13 @@ async def run(options: OperatorOptions) -> None:
             acquiring.cancel()
             return
         term = acquiring.result()
+        clean = False
         try:
-            leadership = Leadership(term=term.number, clean_start=term.released_cleanly)
-            await _lead(client, election, leadership, options, identity, stop)
+            leadership = Leadership(term=term.number, claim_from=term.claim_from)
+            clean = await _lead(client, election, leadership, options, identity, stop)
         finally:
             with contextlib.suppress(Exception):
-                await election.release()
+                await election.release(clean=clean)
 
 
 async def _lead(
@@ -109,7 +115,9 @@ async def _lead(
     options: OperatorOptions,
     identity: str,
     stop: asyncio.Event,
-) -> None:
+) -> bool:
+    """Until we are told to stop. True: the outcome of every write of ours is known."""
+    clean = False
     recorder = Recorder(client, controller="tokenfactory", instance=identity)
     actor = Actor(client, recorder, election.guard(margin_seconds=2.0))
     metrics = Metrics()
@@ -149,6 +157,7 @@ async def _lead(
                 running.append(tasks.create_task(cutter.run()))
                 running.append(tasks.create_task(reconciler.run()))
             await stop.wait()
+            clean = await settled(actor, observer.version_of)
             for task in running:
                 task.cancel()
     finally:
@@ -158,6 +167,7 @@ async def _lead(
         raise RuntimeError(
             "kopf ended by itself: this process is deaf to what people write, so it ends as well"
         )
+    return clean
 
 
 class _Planner:

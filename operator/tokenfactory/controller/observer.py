@@ -125,11 +125,11 @@ class Observer:
             services=self.services.snapshot().objects,
             namespaces=self.namespaces.snapshot().objects,
             silent_seconds=silent,
-            unsettled=unsettled.still(self._version),
+            unsettled=unsettled.still(self.version_of),
             undecodable=self._undecodable(),
         )
 
-    def _version(self, slot: tuple[str, str]) -> int:
+    def version_of(self, slot: tuple[str, str]) -> int:
         kind, name = slot
         held = self.sheets.get(name) if kind == CapSheet.KIND else self.gpu_nodes.get(name)
         return int(held.metadata.resource_version or 0) if held is not None else 0

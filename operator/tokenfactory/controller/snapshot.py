@@ -19,10 +19,10 @@ from tokenfactory.kube.resources import Key
 
 @dataclass(frozen=True)
 class Leadership:
-    """Under which term we write, and whether the last writes of the term before may still arrive."""
+    """Under which term we write, and which earlier ones' last writes may still arrive: all before `claim_from`."""
 
     term: int
-    clean_start: bool
+    claim_from: int
 
 
 @dataclass(frozen=True)

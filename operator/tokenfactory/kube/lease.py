@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import msgspec
 
+from tokenfactory.api.meta import GROUP
 from tokenfactory.kube.apply import Refused, Writer, Written
 from tokenfactory.kube.backoff import Backoff
 from tokenfactory.kube.cache import Cache, Change
@@ -27,6 +29,9 @@ from tokenfactory.kube.resources import Key
 from tokenfactory.kube.times import boot_seconds, micro_time
 
 log = logging.getLogger(__name__)
+
+HANDED_OVER: Final = f"{GROUP}/handed-over"
+"""On a released Lease: `<term>:<claim from>`."""
 
 Clock = Callable[[], float]
 
@@ -39,10 +44,21 @@ class Term:
     holder: str
     previous: str = ""
     released_cleanly: bool = False
+    claim_from: int = 0
+    """The lowest term from which on every leader up to this one ended with a clean hand-over: what was last written
+    under an earlier one may yet be changed by a late write. Without such a hand-over it is this very term."""
 
 
 class NotLeadingError(Exception):
     """A write was refused here, before it was sent: the leadership may be over."""
+
+
+def _handed_over(lease: Lease, number: int) -> int:
+    """The `claim_from` that the last leader left, if that leader was the last one; else the new term."""
+    term, _, claim_from = lease.metadata.annotations.get(HANDED_OVER, "").partition(":")
+    if term.isdigit() and claim_from.isdigit() and int(term) == number - 1:
+        return min(int(claim_from), number)
+    return number
 
 
 @dataclass(slots=True)
@@ -64,6 +80,8 @@ class Election:
     renew_seconds: float = 3.0
     term_above: int = 0
     """The highest term seen elsewhere in the API: terms grow even if somebody deletes the Lease."""
+    highest_term: Callable[[], Awaitable[int]] | None = None
+    """Asked just before the leadership is taken; what it says counts like `term_above`."""
     clock: Clock = boot_seconds
     backoff: Backoff = field(default_factory=lambda: Backoff(0.2, 2.0))
     term: Term | None = field(default=None, init=False)
@@ -115,12 +133,21 @@ class Election:
         log.error("leadership lost", extra={"lease": self.key[1]})
         self._drop()
 
-    async def release(self) -> None:
-        """Say that we are done, so that the next one need not wait, nor fear our last writes."""
-        held, leading = self._held, self.still_leading()
+    async def release(self, *, clean: bool = True) -> None:
+        """Say that we are done, so that the next one need not wait; if `clean`, nor fear our last writes.
+
+        Clean means that every write of ours was answered. From where on that was so is left in the Lease, bound to
+        our term: whoever takes the Lease otherwise than from this release does not go by it.
+        """
+        held, term, leading = self._held, self.term, self.still_leading()
         self._drop()
-        if held is None or not leading:
+        if held is None or term is None or not leading:
             return
+        claim_from = term.claim_from if clean else term.number + 1
+        annotations = {**held.metadata.annotations, HANDED_OVER: f"{term.number}:{claim_from}"}
+        held = msgspec.structs.replace(
+            held, metadata=msgspec.structs.replace(held.metadata, annotations=annotations)
+        )
         spec = msgspec.structs.replace(
             held.spec, holder_identity="", lease_duration_seconds=1, renew_time=micro_time()
         )
@@ -132,21 +159,28 @@ class Election:
         self._trusted_until = 0.0
 
     async def _try_to_lead(self) -> bool:
-        asked_at = self.clock()
         try:
             lease = await self.client.get(Lease, self.key, urgent=True, seconds=self.lease_seconds)
         except NotFoundError:
-            term = Term(self.term_above + 1, self.identity)
+            number = await self._above() + 1
+            term = Term(number, self.identity, claim_from=number)
+            asked_at = self.clock()
             answer = await self._writer.create(Lease, self.key, {"spec": self._spec(term)}, urgent=True)
             return self._took(answer, term, asked_at)
         holder = lease.spec.holder_identity
         if holder and holder != self.identity and not self._expired(lease):
             return False
         # Our own name with no term here: an answer was lost. Taking it again costs a term, never safety.
-        number = max(lease.spec.lease_transitions, self.term_above) + 1
-        term = Term(number, self.identity, holder, released_cleanly=not holder)
+        number = max(lease.spec.lease_transitions, await self._above()) + 1
+        claim_from = number if holder else _handed_over(lease, number)
+        term = Term(number, self.identity, holder, claim_from < number, claim_from)
+        asked_at = self.clock()
         taken = msgspec.structs.replace(lease, spec=self._spec(term))
         return self._took(await self._writer.replace(taken, urgent=True), term, asked_at)
+
+    async def _above(self) -> int:
+        seen = await self.highest_term() if self.highest_term is not None else 0
+        return max(seen, self.term_above)
 
     def _expired(self, lease: Lease) -> bool:
         now = self.clock()

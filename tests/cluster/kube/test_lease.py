@@ -9,6 +9,7 @@ from tests.cluster.kube.conftest import quick, until
 
 from tokenfactory.kube.apply import Writer
 from tokenfactory.kube.cache import Cache
+from tokenfactory.kube.client import MERGE
 from tokenfactory.kube.lease import Election, Heartbeat, Heartbeats, NotLeadingError
 from tokenfactory.kube.objects import Lease
 from tokenfactory.kube.resources import object_path
@@ -73,7 +74,51 @@ async def test_a_clean_release_is_followed_at_once_and_known_as_clean(candidate)
     await first.release()
     assert not first.still_leading()
     term = await in_time(second.acquire())
-    assert (term.number, term.released_cleanly) == (2, True)
+    assert (term.number, term.released_cleanly, term.claim_from) == (2, True, 1)
+
+
+async def test_clean_hand_overs_add_up_and_a_crash_ends_them(candidate, client, proxy, clock):
+    for number in (1, 2, 3):
+        leader = candidate(f"clean-{number}")
+        term = await in_time(leader.acquire())
+        assert (term.number, term.claim_from) == (number, 1)
+        await leader.release()
+    crashing = candidate("crashing")
+    assert (await in_time(crashing.acquire())).claim_from == 1
+    task = asyncio.create_task(candidate("after").acquire())
+    await waits(task, client, proxy)
+    clock.now += 16
+    term = await in_time(task)
+    assert (term.number, term.claim_from, term.released_cleanly) == (5, 5, False)
+
+
+async def test_a_release_with_doubtful_writes_is_followed_at_once_and_claims_everything(candidate):
+    first = candidate("a")
+    await in_time(first.acquire())
+    await first.release(clean=False)
+    term = await in_time(candidate("b").acquire())
+    assert (term.number, term.claim_from, term.released_cleanly) == (2, 2, False)
+
+
+async def test_a_holder_that_somebody_erased_is_no_clean_hand_over(candidate, client, namespace):
+    first = candidate("a")
+    await in_time(first.acquire())
+    await first.release()
+    second = candidate("b")
+    await in_time(second.acquire())
+    body = {"spec": {"holderIdentity": ""}}
+    await client.request(
+        "PATCH", object_path(Lease, (namespace, "leader")), body=body, content_type=MERGE, repeatable=True
+    )
+    assert (await in_time(candidate("c").acquire())).claim_from == 3
+
+
+async def test_the_highest_term_in_the_api_counts_when_the_lease_is_gone(candidate):
+    async def highest() -> int:
+        return 41
+
+    term = await in_time(candidate("a", highest_term=highest).acquire())
+    assert (term.number, term.claim_from) == (42, 42)
 
 
 async def test_coming_back_is_a_new_term(candidate):

@@ -66,6 +66,10 @@ class SmallWorld:
     def __init__(self, *, term: int = 1) -> None:
         self.now = START
         self.term = term
+        self.lingering: set[str | None] = set()
+        """UIDs of pods that take their time to end."""
+        self.claim_from: int | None = None
+        """None: nobody handed over to this leader."""
         self.version = 0
         self.objects: dict[type, dict[tuple[str, str], Any]] = {
             kind: {}
@@ -165,7 +169,7 @@ class SmallWorld:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            leadership=Leadership(self.term, clean_start=False),
+            leadership=Leadership(self.term, self.term if self.claim_from is None else self.claim_from),
             wall=self.now,
             milliseconds=int((self.now - START).total_seconds() * 1000),
             domains=dict(self.objects[PowerDomain]),
@@ -330,6 +334,8 @@ class SmallWorld:
             if agent is None or not agent.alive:
                 continue
             if pod.metadata.deletion_timestamp:
+                if pod.metadata.uid in self.lingering:
+                    continue
                 del self.objects[Pod][_key(pod)]
                 continue
             if pod.status.conditions:

@@ -63,6 +63,7 @@ def live(world: SmallWorld, seconds: int) -> None:
 def drain(world: SmallWorld) -> list[Pod]:
     """The factory goes; its pods take their time to end."""
     pods = world.ready_pods()
+    world.lingering = {pod.metadata.uid for pod in pods}
     for pod in pods:
         meta = msgspec.structs.replace(pod.metadata, deletion_timestamp=world.stamp())
         world.put(msgspec.structs.replace(pod, metadata=meta))

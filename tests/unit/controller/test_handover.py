@@ -1,0 +1,90 @@
+"""What a change of leaders costs: claims after a crash, nothing after a clean hand-over."""
+
+import asyncio
+
+import pytest
+from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.test_compose import SITE
+
+from tokenfactory.controller import actions as act
+from tokenfactory.controller.actor import Actor
+from tokenfactory.controller.handover import settled
+from tokenfactory.controller.plan.memory import Memory
+from tokenfactory.kube.errors import UnreachableError
+
+
+@pytest.fixture
+def world() -> SmallWorld:
+    world = SmallWorld()
+    for number in range(4):
+        world.add_node(f"n{number}")
+    world.apply(SITE)
+    world.settle()
+    return world
+
+
+def succeeded(world: SmallWorld, *, claim_from: int) -> list[act.Action]:
+    world.term, world.claim_from, world.memory = world.term + 1, claim_from, Memory()
+    world.others()
+    return [a for a in world.plan().plan.actions if isinstance(a, act.ChargeNode | act.PublishSheet)]
+
+
+def test_a_crash_makes_the_next_leader_claim_every_node_and_sheet(world: SmallWorld):
+    claims = succeeded(world, claim_from=2)
+    assert len([a for a in claims if isinstance(a, act.ChargeNode)]) == 4
+    assert len([a for a in claims if isinstance(a, act.PublishSheet)]) == 1
+    world.settle()
+    assert succeeded(world, claim_from=2) == []
+
+
+def test_clean_hand_overs_cost_no_write_however_many(world: SmallWorld):
+    for _ in range(3):
+        assert succeeded(world, claim_from=1) == []
+
+
+class _Actor(Actor):
+    """Its writes end when the test says so, and as it says."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, lambda: None)  # type: ignore[arg-type]
+        self.began = asyncio.Event()
+        self.answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    async def _take(self, action: act.Action) -> object:  # type: ignore[override]
+        self.began.set()
+        return await self.answer
+
+
+def charge(world: SmallWorld) -> act.ChargeNode:
+    held = next(
+        node for kind, nodes in world.objects.items() if kind.__name__ == "GPUNode" for node in nodes.values()
+    )
+    return act.ChargeNode(held, held.metadata.name, held.spec, "")
+
+
+async def test_a_hand_over_waits_for_the_write_under_way_and_begins_no_other(world: SmallWorld):
+    actor = _Actor()
+    acting = asyncio.create_task(actor.execute([charge(world)] * 5))
+    await actor.began.wait()
+    leaving = asyncio.create_task(settled(actor, lambda _: 0))
+    await asyncio.sleep(0)
+    assert not leaving.done()
+    actor.answer.set_result(act)
+    assert await leaving
+    assert not await acting
+    assert actor.writes == 1
+
+
+async def test_a_write_that_was_cancelled_or_lost_its_answer_makes_the_hand_over_unclean(world: SmallWorld):
+    actor = _Actor()
+    acting = asyncio.create_task(actor.execute([charge(world)]))
+    await actor.began.wait()
+    acting.cancel()
+    assert not await settled(actor, lambda _: 0, within_seconds=0.01)
+    actor = _Actor()
+    actor.answer.set_exception(UnreachableError("PUT", OSError("gone"), sent=True))
+    assert not await actor.execute([charge(world)])
+    assert not await settled(actor, lambda _: 0)
+    assert await settled(actor, lambda _: 10**9), (
+        "seen in a newer version, the write has landed or never will"
+    )
