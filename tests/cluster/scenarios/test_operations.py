@@ -80,8 +80,9 @@ async def test_a_node_joins_is_drained_and_leaves(scene: Scene):
     await scene.kubectl("delete", "node", "gpu-5")
     lost = await scene.until("the node to be counted as lost", lambda: lost_nodes(scene, 1))
     assert lost, "that its Node object is gone proves nothing"
-    at = {"method": "Person", "by": "test", "at": "2026-11-21T12:00:00Z"}
-    await scene.patch("gn", "gpu-5", {"spec": {"fence": at}}, namespaced=False)
+    boot = (await scene.site.get("gn", "gpu-5"))["status"]["bootID"]
+    word = {"method": "Person", "by": "test", "at": "2026-11-21T12:00:00Z", "bootID": boot}
+    await scene.patch("gn", "gpu-5", {"spec": {"fence": word}}, namespaced=False)
     await scene.until("its watts to be back", lambda: lost_nodes(scene, 0))
     await scene.kubectl("delete", "gn", "gpu-5")
     await scene.site.fleet.remove("gpu-5")

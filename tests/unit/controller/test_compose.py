@@ -173,3 +173,14 @@ def test_the_cut_path_is_silent_when_a_limit_rises_or_stays(world: SmallWorld):
     world.apply(SITE.replace("30kW", "40kW").split("---")[0])
     snapshot = world.snapshot()
     assert cuts(last, snapshot.domains, snapshot.sheets, world.now) == []
+
+
+def test_replicas_that_outlive_their_factory_are_charged_as_what_they_are(world: SmallWorld):
+    """Until the garbage collector has taken them they run capped: nobody else is throttled for strangers."""
+    world.settle()
+    before = world.plan().books.ledger.charge("hall")
+    world.delete_factory("inference", "chat")
+    for _ in range(2):
+        assert world.plan().books.ledger.charge("hall") <= before
+        world.operate()
+        world._beat()
