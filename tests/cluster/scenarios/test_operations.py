@@ -266,11 +266,14 @@ async def versions(scene: Scene) -> dict[str, str]:
 def stranger(node: str) -> str:
     """A pod that tolerates everything and asks for GPUs of that node."""
     resources = {"limits": {"nvidia.com/gpu": str(GPUS)}}
+    # The simulated model server, which stands for any program here, keeps its files in `cache`.
+    volumes = [{"name": "cache", "emptyDir": {}}]
     return json.dumps(
         {
             "spec": {
                 "nodeSelector": {"kubernetes.io/hostname": node},
                 "tolerations": [{"operator": "Exists"}],
+                "volumes": volumes,
                 "containers": [{"name": "train", "image": "example.org/train:1", "resources": resources}],
             }
         }
