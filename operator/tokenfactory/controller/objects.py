@@ -20,6 +20,18 @@ class Deployment(Resource, frozen=True, kw_only=True):
     status: DeploymentStatus = DeploymentStatus()
 
 
+class LeaderWorkerSet(Resource, frozen=True, kw_only=True):
+    """Groups of pods that serve as one: https://lws.sigs.k8s.io. Its CRD need not be there."""
+
+    KIND: ClassVar[str] = "LeaderWorkerSet"
+    PLURAL: ClassVar[str] = "leaderworkersets"
+    SHORT: ClassVar[str] = "lws"
+    NAMESPACED: ClassVar[bool] = True
+
+    api_version: str = "leaderworkerset.x-k8s.io/v1"
+    spec: dict[str, Any] = {}
+
+
 class Service(Resource, frozen=True, kw_only=True):
     KIND: ClassVar[str] = "Service"
     PLURAL: ClassVar[str] = "services"

@@ -16,7 +16,7 @@ from tokenfactory.api.meta import Resource
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.api.token_factory import TokenFactory
-from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.controller.shell import WATCHED
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.store import Store
@@ -47,6 +47,7 @@ class Observer:
         self.deployments = Cache(client, Deployment, label_selector=names.FACTORY_LABEL)
         self.services = Cache(client, Service, label_selector=names.FACTORY_LABEL)
         self.namespaces = Cache(client, Namespace)
+        self.leader_worker_sets: Cache[LeaderWorkerSet] | None = None
         self.leases = Cache(client, Lease, namespace=namespace)
         self.heartbeats = Heartbeats(self.leases)
         self._caches: tuple[Cache[Any], ...] = (
@@ -77,6 +78,24 @@ class Observer:
             for cache in (*self._caches, self.leases):
                 tasks.create_task(cache.run())
             tasks.create_task(self._sweep())
+            tasks.create_task(self._groups())
+
+    async def _groups(self) -> None:
+        """LeaderWorkerSets, from when their CRD is there: nothing else waits for them."""
+        while True:
+            try:
+                await Listing(self._client, LeaderWorkerSet, collection_path(LeaderWorkerSet), {}, 500).read()
+            except (ApiError, UnreachableError):
+                await asyncio.sleep(60)
+                continue
+            break
+        cache = Cache(self._client, LeaderWorkerSet, label_selector=names.FACTORY_LABEL)
+        cache.on_change(lambda _: self._changed())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(cache.run())
+            await cache.synced()
+            self.leader_worker_sets = cache
+            self._changed()
 
     async def ready(self) -> None:
         """P1 needs all of it: nothing may be decided on half a view."""
@@ -123,6 +142,9 @@ class Observer:
             pods=self.pods.snapshot().objects,
             deployments=self.deployments.snapshot().objects,
             services=self.services.snapshot().objects,
+            leader_worker_sets=self.leader_worker_sets.snapshot().objects
+            if self.leader_worker_sets
+            else None,
             namespaces=self.namespaces.snapshot().objects,
             silent_seconds=silent,
             unsettled=unsettled.still(self.version_of),

@@ -12,7 +12,7 @@ from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.api.token_factory import TokenFactory
-from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.kube.objects import Namespace, Node, Pod
 from tokenfactory.kube.resources import Key
 
@@ -42,6 +42,8 @@ class Snapshot:
     pods: Mapping[Key, Pod] = field(default_factory=dict)
     deployments: Mapping[Key, Deployment] = field(default_factory=dict)
     services: Mapping[Key, Service] = field(default_factory=dict)
+    leader_worker_sets: Mapping[Key, LeaderWorkerSet] | None = None
+    """None: their CRD is not installed, or we may not read them."""
     namespaces: Mapping[Key, Namespace] = field(default_factory=dict)
     silent_seconds: Mapping[str, float] = field(default_factory=dict)
     """By node: how long its agent has been silent, on our own clock; absent: it never had one."""

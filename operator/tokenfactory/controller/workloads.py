@@ -16,7 +16,7 @@ from tokenfactory.api import names
 from tokenfactory.api.meta import GROUP
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
-from tokenfactory.controller.objects import Deployment, Service, says
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service, says
 
 Object = dict[str, Any]
 
@@ -62,15 +62,58 @@ def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: 
     return _owned("apps/v1", "Deployment", factory, model, spec)
 
 
+def leader_worker_set(
+    factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions
+) -> Object:
+    """A replica is a group of pods on as many nodes; a group that loses a pod starts anew as a whole. No surge."""
+    labels = workload_labels(factory, model)
+    leader, worker = (_pod_spec(factory, model, options) for _ in range(2))
+    for spec, role in ((leader, "1"), (worker, "0")):
+        nim = spec["containers"][0]
+        nim["env"] = [
+            *nim["env"],
+            {"name": "NIM_MULTI_NODE", "value": "1"},
+            {"name": "NIM_NUM_COMPUTE_NODES", "value": str(model.nodes_per_replica)},
+            {"name": "NIM_LEADER_ROLE", "value": role},
+            _downward("NIM_NODE_RANK", f"metadata.labels['{names.LWS_WORKER_LABEL}']"),
+        ]
+    # Only the leader answers requests.
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        worker["containers"][0].pop(probe)
+    return _owned(
+        "leaderworkerset.x-k8s.io/v1",
+        "LeaderWorkerSet",
+        factory,
+        model,
+        {
+            "replicas": replicas,
+            "startupPolicy": "LeaderCreated",
+            "rolloutStrategy": {
+                "type": "RollingUpdate",
+                "rollingUpdateConfiguration": {"maxSurge": 0, "maxUnavailable": 1},
+            },
+            "leaderWorkerTemplate": {
+                "size": model.nodes_per_replica,
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": {"metadata": {"labels": labels}, "spec": leader},
+                "workerTemplate": {"metadata": {"labels": labels}, "spec": worker},
+            },
+        },
+    )
+
+
 def service(factory: TokenFactory, model: ModelSpec) -> Object:
+    selector = workload_labels(factory, model)
+    if model.nodes_per_replica > 1:
+        selector |= {names.LWS_WORKER_LABEL: "0"}
     spec: Object = {
-        "selector": workload_labels(factory, model),
+        "selector": selector,
         "ports": [{"name": "http", "port": names.NIM_PORT, "targetPort": "http", "protocol": "TCP"}],
     }
     return _owned("v1", "Service", factory, model, spec)
 
 
-def is_as(held: Deployment | Service, wanted: Object) -> bool:
+def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
     """Does the object say all that we want of it, and was it last applied with just that?
 
     The first sees what others changed. Only the second sees a field that we wanted once and want no more.
@@ -113,6 +156,16 @@ def _pod_spec(factory: TokenFactory, model: ModelSpec, options: WorkloadOptions)
         "tolerations": [
             {"key": names.GPU_RESOURCE, "operator": "Exists"},
             {"key": names.MANAGED_TAINT, "operator": "Exists"},
+        ],
+        # A wish: the operator's own choice of the node spreads replicas, and narrows the affinity to that node.
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": key,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": workload_labels(factory, model)},
+            }
+            for key in ("topology.kubernetes.io/zone", names.HOSTNAME_LABEL)
         ],
         "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
         "initContainers": _init_containers(factory, model, options),

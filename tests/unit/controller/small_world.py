@@ -22,7 +22,7 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.compose import Composed, Options, compose
-from tokenfactory.controller.objects import Deployment, Service
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.controller.plan.memory import Memory as PlanMemory
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
@@ -66,6 +66,8 @@ class SmallWorld:
     def __init__(self, *, term: int = 1) -> None:
         self.now = START
         self.term = term
+        self.has_groups = False
+        """Whether LeaderWorkerSets are installed."""
         self.lingering: set[str | None] = set()
         """UIDs of pods that take their time to end."""
         self.claim_from: int | None = None
@@ -81,6 +83,7 @@ class SmallWorld:
                 Node,
                 Pod,
                 Deployment,
+                LeaderWorkerSet,
                 Service,
                 Namespace,
             )
@@ -145,7 +148,7 @@ class SmallWorld:
     def delete_factory(self, namespace: str, name: str) -> None:
         """And what the garbage collector takes with it."""
         gone = self.objects[TokenFactory].pop((namespace, name))
-        for kind in (Deployment, Service):
+        for kind in (Deployment, LeaderWorkerSet, Service):
             for key, held in list(self.objects[kind].items()):
                 if any(owner.uid == gone.metadata.uid for owner in held.metadata.owner_references):
                     del self.objects[kind][key]
@@ -180,6 +183,7 @@ class SmallWorld:
             pods=dict(self.objects[Pod]),
             deployments=dict(self.objects[Deployment]),
             services=dict(self.objects[Service]),
+            leader_worker_sets=dict(self.objects[LeaderWorkerSet]) if self.has_groups else None,
             namespaces=dict(self.objects[Namespace]),
             silent_seconds={
                 name: (self.now - agent.heard_at).total_seconds() for name, agent in self.agents.items()

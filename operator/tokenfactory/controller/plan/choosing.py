@@ -47,8 +47,11 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
     if not waiting:
         return Choice((), ())
     ranges = _ranges(world)
+    grouped = any(replica.group for replica in waiting.values())
     candidates = tuple(
-        _candidate(world, grid, host) for host in world.hosts.values() if host.held and host.product
+        _candidate(world, grid, host, grouped=grouped)
+        for host in world.hosts.values()
+        if host.held and host.product
     )
     alike: dict[tuple[Key, str], PodRequest] = {}
     pods = []
@@ -56,14 +59,22 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
         slot = (key_of(replica.factory), replica.model.name)
         if slot not in alike:
             alike[slot] = _request(world, grid, name, replica, ranges)
-        pods.append(replace(alike[slot], name=name))
+        pods.append(replace(alike[slot], name=name, gang=replica.group))
     plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
     wishes = tuple(Wish(waiting[placed.pod], placed.node, placed.message) for placed in plan.placed)
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
     return Choice(wishes, unplaced)
 
 
-def _candidate(world: World, grid: Grid, host: GpuHost) -> NodeCandidate:
+def _fabric(host: GpuHost, labels: Mapping[str, str], *, grouped: bool) -> str:
+    """The NVLink domain that its GPUs report. Where NVLink ends at the node, a group shares the network of a zone."""
+    reported = {gpu.fabric for gpu in host.held.status.gpus if gpu.fabric} if host.held else set()
+    if len(reported) == 1:
+        return reported.pop()
+    return f"network of zone {labels.get(_FAILURE_LABELS[0], 'unnamed')}" if grouped and not reported else ""
+
+
+def _candidate(world: World, grid: Grid, host: GpuHost, *, grouped: bool) -> NodeCandidate:
     labels = host.node.metadata.labels if host.node else {}
     path = grid.places[host.name].path if host.name in grid.places else ()
     taints = host.node.spec.taints if host.node else ()
@@ -81,6 +92,7 @@ def _candidate(world: World, grid: Grid, host: GpuHost) -> NodeCandidate:
         path=path,
         labels={**labels, **{_DOMAIN + domain: "yes" for domain in path}},
         taints=tuple(Taint(taint.key, taint.value, taint.effect) for taint in taints),
+        fabric=_fabric(host, labels, grouped=grouped),
         failure_domains=tuple(labels[label] for label in _FAILURE_LABELS if label in labels),
         replicas=replicas,
         closed=_closed(world, grid, host),

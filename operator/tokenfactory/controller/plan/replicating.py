@@ -9,7 +9,7 @@ from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec
 from tokenfactory.controller.plan.bidding import model_points
-from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.controller.plan.world import Replica, World, whole
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.operating_point import Goals
 from tokenfactory.planning.efficiency.replicas import Decision, Memory, Tuning, decide_replicas
@@ -79,8 +79,8 @@ def _traffic(replicas: list[Replica], meters: Mapping[str, PodMeter]) -> Traffic
     ready = [replica for replica in alive if replica.ready]
     return Traffic(
         meters=tuple(_meter(meters[replica.uid]) for replica in ready if replica.uid in meters),
-        ready=len(ready),
-        pending=len(alive) - len(ready),
+        ready=whole(ready),
+        pending=whole(alive) - whole(ready),
     )
 
 

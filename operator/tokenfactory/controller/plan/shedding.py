@@ -74,7 +74,7 @@ def shed(
     parking = park(clearing)
     steps = advance(before.steps, needed(clearing, parking), now, patience)
     parked = settle_parked(before.parked, parking.parked, now, patience)
-    parked = {place: held for place, held in parked.items() if find_model(world, place[1])}
+    parked = {place: held for place, held in parked.items() if _may_park(world, place[1])}
     out = _to_evict(world, cleared)
     evicted = settle_parked(before.evicted, out, now, patience)
     ceilings = _ceilings(world, before, parked, placed)
@@ -109,6 +109,12 @@ def _placed(world: World) -> dict[Place, list[Replica]]:
 def _slot(world: World, label: str) -> Slot | None:
     found = find_model(world, label)
     return (key_of(found[0]), found[1].name) if found is not None else None
+
+
+def _may_park(world: World, label: str) -> bool:
+    """A group that spans nodes is not drained by halves: it is throttled, and at last evicted."""
+    found = find_model(world, label)
+    return found is not None and found[1].nodes_per_replica == 1
 
 
 def _gpus(world: World, label: str) -> int:

@@ -17,7 +17,7 @@ from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.recovering import Recovered
 from tokenfactory.controller.plan.status import at_most, cap_range, conditions, decimal, same, turned, watts
 from tokenfactory.controller.plan.verdicts import FactoryFacts, domain_verdicts, factory_verdicts
-from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.controller.plan.world import Replica, World, whole
 from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.power.explain import explain
 
@@ -186,7 +186,7 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
     return ModelStatus(
         name=model.name,
         desired=books.staffing.count(key_of(factory), model.name),
-        ready=sum(replica.ready for replica in mine),
+        ready=whole(replica for replica in mine if replica.ready),
         tokens_per_second=decimal(_rate(metered), 0),
         tokens_per_joule=decimal(per_joule) if per_joule else "",
         charge=watts(books.ledger.owner_charge(owner)),

@@ -11,6 +11,7 @@ from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, Tok
 from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.placing import Unplaced
+from tokenfactory.controller.plan.serving import lacks_groups
 from tokenfactory.controller.plan.status import Verdict, watts
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import key_of
@@ -139,6 +140,13 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
             f"power domain {domain} does not exist or cannot be used: create it, or correct spec.power.domain"
         )
         return (False, "NoDomain", missing)
+    groups = [model for model in factory.spec.models if lacks_groups(books.world, model)]
+    if groups:
+        missing = (
+            f"{groups[0].name} spans {groups[0].nodes_per_replica} nodes and needs LeaderWorkerSets: install them "
+            f"(https://lws.sigs.k8s.io), set leaderWorkerSets.enabled in the chart, or set nodesPerReplica to 1"
+        )
+        return (False, "LeaderWorkerSetMissing", missing)
     refused = [
         f"{model.name}: {why}"
         for model in factory.spec.models

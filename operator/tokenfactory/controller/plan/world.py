@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,6 +57,14 @@ class Replica:
             condition.type == "Ready" and condition.status == "True"
             for condition in self.pod.status.conditions
         )
+
+    @property
+    def group(self) -> str:
+        """Which of its model's replicas the pod is a part of, where a replica spans nodes; else empty."""
+        if self.model.nodes_per_replica <= 1:
+            return ""
+        index = self.pod.metadata.labels.get(names.LWS_GROUP_LABEL, "")
+        return f"{self.pod.metadata.namespace}/{self.factory.metadata.name}-{self.model.name}/{index}"
 
     def class_on(self, product: str) -> str:
         """The class of its GPUs on a node of that product."""
@@ -209,6 +217,20 @@ class World:
     def lost(self, host: GpuHost, after_seconds: float = DEFAULT_DETECT_SECONDS) -> bool:
         """Its agent had been heard and has fallen silent. Whether it still draws is another question."""
         return host.silent_seconds is not None and host.silent_seconds > after_seconds
+
+
+def whole(replicas: Iterable[Replica]) -> int:
+    """How many replicas these pods make: a group counts once all of its pods are among them."""
+    groups: dict[str, int] = {}
+    single = 0
+    size = 1
+    for replica in replicas:
+        if replica.group:
+            groups[replica.group] = groups.get(replica.group, 0) + 1
+            size = replica.model.nodes_per_replica
+        else:
+            single += 1
+    return single + sum(count >= size for count in groups.values())
 
 
 def see(snapshot: Snapshot) -> World:

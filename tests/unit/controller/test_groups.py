@@ -1,0 +1,114 @@
+"""Models that span nodes: a LeaderWorkerSet where there is one to have, else words that say what to install."""
+
+from datetime import timedelta
+
+import msgspec
+import pytest
+from tests.unit.controller.small_world import SmallWorld
+
+from tokenfactory.api import names
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
+from tokenfactory.kube.objects import Pod, SchedulingGate
+
+SITE = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: 40kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
+---
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  models:
+  - {name: huge, nim: {image: "nvcr.io/nim/meta/llama-3.1-405b-instruct:1.8.0"}, gpusPerReplica: 8, nodesPerReplica: 2, replicas: {min: 1, max: 2}}
+"""
+KEY = ("inference", "chat-huge")
+
+
+@pytest.fixture
+def world() -> SmallWorld:
+    world = SmallWorld()
+    for number in range(3):
+        world.add_node(f"n{number}")
+    world.apply(SITE)
+    return world
+
+
+def status(world: SmallWorld):
+    return next(iter(world.objects[TokenFactory].values())).status
+
+
+def group(world: SmallWorld) -> None:
+    """What the LeaderWorkerSet controller makes of one replica."""
+    template = world.objects[LeaderWorkerSet][KEY].spec["leaderWorkerTemplate"]
+    for worker in range(template["size"]):
+        part = template["workerTemplate" if worker else "leaderTemplate"]
+        labels = part["metadata"]["labels"] | {
+            names.LWS_GROUP_LABEL: "0",
+            names.LWS_WORKER_LABEL: str(worker),
+        }
+        name = f"chat-huge-0-{worker}"
+        meta = {"name": name, "namespace": "inference", "uid": f"uid-{name}", "labels": labels}
+        pod = msgspec.convert({"metadata": meta, "spec": part["spec"]}, Pod)
+        gates = (SchedulingGate(name=names.GATE),)
+        assert pod.spec.scheduling_gates == gates
+        world.put(pod)
+
+
+def live(world: SmallWorld, rounds: int = 12) -> None:
+    for _ in range(rounds):
+        world._run_pods()
+        world._beat()
+        world.operate()
+
+
+def test_without_their_crd_nothing_runs_by_halves_and_the_condition_says_what_to_install(world: SmallWorld):
+    world.settle()
+    assert not world.objects[Deployment]
+    assert not world.objects[LeaderWorkerSet]
+    ready = {c.type: c for c in status(world).conditions}["Ready"]
+    assert (ready.status, ready.reason) == ("False", "LeaderWorkerSetMissing")
+    assert "huge spans 2 nodes" in ready.message
+
+
+def test_a_group_is_charged_pod_by_pod_and_serves_as_one_replica(world: SmallWorld):
+    world.has_groups = True
+    live(world, 3)
+    spec = world.objects[LeaderWorkerSet][KEY].spec
+    assert (spec["replicas"], spec["leaderWorkerTemplate"]["size"]) == (1, 2)
+    assert world.objects[Service][KEY].spec["selector"][names.LWS_WORKER_LABEL] == "0"
+    group(world)
+    live(world)
+    nodes = {pod.spec.node_name for pod in world.ready_pods()}
+    assert len(nodes) == 2
+    granted = {grant.name for node in world.objects[GPUNode].values() for grant in node.spec.pods}
+    assert granted == {"chat-huge-0-0", "chat-huge-0-1"}
+    assert status(world).ready == "1/1"
+
+
+def test_half_a_group_is_no_replica(world: SmallWorld):
+    world.has_groups = True
+    live(world, 3)
+    group(world)
+    live(world)
+    assert status(world).ready == "1/1"
+    lost = world.objects[Pod]["inference", "chat-huge-0-1"]
+    world.put(msgspec.structs.replace(lost, status=msgspec.structs.replace(lost.status, conditions=())))
+    world.now += timedelta(seconds=20)
+    for agent in world.agents.values():
+        agent.heard_at = world.now
+    world.operate()
+    assert status(world).ready == "0/1"
+
+
+def test_a_model_that_no_longer_spans_nodes_leaves_no_group_behind(world: SmallWorld):
+    world.has_groups = True
+    live(world, 3)
+    world.apply(SITE.replace("nodesPerReplica: 2, ", "").split("---")[1])
+    live(world, 2)
+    assert not world.objects[LeaderWorkerSet]
+    assert KEY in world.objects[Deployment]
