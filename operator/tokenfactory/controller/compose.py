@@ -15,7 +15,7 @@ from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.choosing import choose
 from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.memory import Memory
-from tokenfactory.controller.plan.nodes import charge_nodes
+from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
 from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.replicating import staff
@@ -28,7 +28,7 @@ from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Leadership, Ledger, observe
-from tokenfactory.planning.power.publish import SheetPlan, plan_sheets
+from tokenfactory.planning.power.publish import SheetPlan, Targets, plan_cuts, plan_sheets
 from tokenfactory.planning.power.steps import Held, Patience, settle_caps
 
 PATIENCE: Final = Patience()
@@ -66,15 +66,17 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         )
         for wish in choice.wishes
     ]
-    granting = grant(world, ledger, list(choice.wishes))
+    arrived = with_arrivals(world, ledger, grid.places, grid.facts)
+    granting = grant(world, arrived, list(choice.wishes))
+    charging = charge_nodes(
+        world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
+    )
     cleared = bidding.clear(world, grid, ledger, coming, [label for _, label in memory.shedding.parked])
     less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
-    sheets = plan_sheets(ledger, targets)
+    sheets = _sheets(ledger, charging, grid, targets)
     actions: list[Action] = _publish(world, sheets)
-    actions += charge_nodes(
-        world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
-    )
+    actions += charging
     actions += open_gates(world)
     actions += less.actions
     actions += serve(world, less.staffing, options.workloads)
@@ -84,6 +86,13 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions += retire(world, ledger)
     plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
     return Composed(plan, books, Memory(staffing.memory, energy, caps, less.memory, ledger))
+
+
+def _sheets(ledger: Ledger, charging: list[Action], grid: Grid, targets: Targets) -> SheetPlan:
+    """No watt is spent twice in a round: what its node writes charge is gone before any sheet may rise."""
+    if leaves_a_path(charging):
+        return SheetPlan(plan_cuts(ledger, targets), ())
+    return plan_sheets(with_charges(ledger, charging, grid.facts), targets)
 
 
 def _patient(

@@ -102,6 +102,10 @@ def _candidate(world: World, grid: Grid, host: GpuHost, *, grouped: bool) -> Nod
 def _closed(world: World, grid: Grid, host: GpuHost) -> str:
     if host.name not in grid.places:
         return "in no power domain"
+    if host.held is not None and (
+        host.held.spec.former_paths or host.held.spec.path != grid.places[host.name].path
+    ):
+        return "moving to another power domain"
     if host.fenced:
         return "fenced"
     if host.held is not None and host.held.spec.quarantine is not None:

@@ -7,13 +7,14 @@ obeys the spec without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, PodGrant
+from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.controller.actions import Action, ChargeNode, TaintNode
 from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
@@ -30,6 +31,70 @@ class Place:
 
     path: Path
     overhead_milliwatts: int
+
+
+def with_arrivals(
+    world: World, ledger: Ledger, places: Mapping[str, Place], facts: Mapping[str, NodeFacts]
+) -> Ledger:
+    """With every node charged where it is to be charged from this round on, as well as where it was.
+
+    A machine that appears or moves draws there already: nothing may be granted or raised against its watts meanwhile.
+    """
+    found = []
+    for host in world.hosts.values():
+        place = places.get(host.name)
+        if place is None or (host.held is not None and host.held.spec.path == place.path):
+            continue
+        term = ledger.leadership.term
+        spec = GPUNodeSpec(path=place.path, overhead_milliwatts=place.overhead_milliwatts, term=term)
+        found.append((_covering(host.held, host.name, spec), facts[host.name]))
+    return ledger.with_nodes(found)
+
+
+def with_charges(ledger: Ledger, actions: Sequence[Action], facts: Mapping[str, NodeFacts]) -> Ledger:
+    """With all that these writes charge, and still with all that they let go: they may fail, each by itself."""
+    return ledger.with_nodes(
+        (_covering(action.held, action.name, action.spec), facts[action.name])
+        for action in actions
+        if isinstance(action, ChargeNode) and (action.held is None or _charges(action.held.spec, action.spec))
+    )
+
+
+def _charges(before: GPUNodeSpec, after: GPUNodeSpec) -> bool:
+    """Is there more in it than a term or an address?"""
+    return (
+        before.path != after.path
+        or before.overhead_milliwatts != after.overhead_milliwatts
+        or before.fence != after.fence
+        or {pod.uid for pod in before.pods} != {pod.uid for pod in after.pods}
+    )
+
+
+def _covering(held: GPUNode | None, name: str, spec: GPUNodeSpec) -> GPUNode:
+    if held is None:
+        return GPUNode(metadata=ObjectMeta(name=name), spec=spec)
+    before = held.spec
+    listed = {pod.uid for pod in spec.pods}
+    former = dict.fromkeys((*before.former_paths, before.path, *spec.former_paths))
+    both = msgspec.structs.replace(
+        spec,
+        term=before.term,  # not claimed before it is written
+        former_paths=tuple(path for path in former if path and path != spec.path),
+        pods=(*spec.pods, *(pod for pod in before.pods if pod.uid not in listed)),
+        overhead_milliwatts=max(spec.overhead_milliwatts, before.overhead_milliwatts),
+        fence=spec.fence if before.fence is not None else None,
+    )
+    return msgspec.structs.replace(held, spec=both)
+
+
+def leaves_a_path(actions: Sequence[Action]) -> bool:
+    """Is a former path dropped? That may raise what the node draws, so no sheet may rise in the same round."""
+    return any(
+        isinstance(action, ChargeNode)
+        and action.held is not None
+        and not set(action.held.spec.former_paths) <= {*action.spec.former_paths, action.spec.path}
+        for action in actions
+    )
 
 
 def charge_nodes(
@@ -53,7 +118,12 @@ def charge_nodes(
                 actions.append(ChargeNode(None, host.name, spec, f"under {'/'.join(place.path)}"))
             continue
         held = host.held
-        spec = _spec(world, ledger, host, held, place, facts[host.name], granted.get(host.name, []))
+        new = granted.get(host.name, [])
+        # A path is left only in a round in which nothing is granted, and a sheet rises only in one without both.
+        spec = _spec(world, ledger, host, held, place, facts[host.name], new, may_leave=not granted)
+        if held.spec.former_paths and spec.former_paths != held.spec.former_paths:
+            # What one node may draw more from now on is not there for the next.
+            ledger = ledger.with_node(msgspec.structs.replace(held, spec=spec))
         if spec == held.spec and host.name not in claims:
             if taint and place is not None:
                 actions += _taint(host.node)
@@ -77,6 +147,8 @@ def _spec(
     place: Place | None,
     facts: NodeFacts,
     new: list[Replica],
+    *,
+    may_leave: bool,
 ) -> GPUNodeSpec:
     """Each step sees the node as the one before leaves it."""
     node = held
@@ -85,7 +157,7 @@ def _spec(
         return msgspec.structs.replace(node, spec=spec)
 
     node = so(grants.collected(node, facts))
-    if node.spec.former_paths:
+    if node.spec.former_paths and may_leave:
         settled = so(grants.settled_path(node))
         if settled.spec != node.spec and ledger.admit_spec(settled):
             node = settled

@@ -387,6 +387,13 @@ class Ledger:
         after.__dict__["_roots"] = self._roots
         return after
 
+    def with_nodes(self, nodes: Iterable[tuple[GPUNode, NodeFacts]]) -> Ledger:
+        """The same for many at once, also for nodes that are not there yet."""
+        fresh = {node.metadata.name: enter(node, facts, self.domains) for node, facts in nodes}
+        if not fresh:
+            return self
+        return _summed(replace(self, entries={**self.entries, **fresh}, lines={}, charges={}))
+
     def with_sheets(self, sheets: Mapping[str, CapSheet]) -> Ledger:
         """The same ledger over other sheets, for what looks at sheets alone: charges stay as they were summed."""
         return replace(self, sheets=sheets)

@@ -1,0 +1,106 @@
+"""What a round writes fits together, not only each write by itself."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+from tests.unit.controller.small_world import SmallWorld
+
+from tokenfactory.api.cap_sheet import CapSheet
+from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.controller import actions as act
+from tokenfactory.controller.plan.nodes import with_charges
+from tokenfactory.planning.power.grants import granted
+from tokenfactory.planning.power.sheets import caps_of
+
+RACK = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: %s}
+spec: {parent: hall, limit: %dW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {rack: %s}}}
+"""
+HALL = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: %dW, nodeOverhead: 1kW}
+"""
+FACTORY = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  models:
+  - name: llama
+    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
+    gpusPerReplica: 4
+    band: 100
+    replicas: {min: 4, max: 4}
+"""
+
+
+@pytest.fixture
+def world() -> SmallWorld:
+    world = SmallWorld()
+    for name, rack in (("a0", "a"), ("b0", "b")):
+        world.add_node(name, rack=rack)
+    world.apply(HALL % 40_000)
+    world.apply(RACK % ("rack-a", 10_000, "a"))
+    world.apply(RACK % ("rack-b", 4_000, "b"))
+    world.apply(FACTORY)
+    world.settle()
+    return world
+
+
+def raised(world: SmallWorld, domain: str) -> bool:
+    before = caps_of(world.objects[CapSheet]["", domain].spec)
+    world.operate()
+    after = caps_of(world.objects[CapSheet]["", domain].spec)
+    return any(cap > before.get(name, 0) for name, cap in after.items())
+
+
+def test_nothing_rises_in_the_round_in_which_a_node_arrives(world: SmallWorld):
+    world.apply(RACK % ("rack-b", 6_500, "b"))
+    alone = world.fork()
+    rounds = next(number for number in range(20) if round_raises(alone, "rack-b"))
+    for _ in range(rounds):
+        assert not round_raises(world, "rack-b")
+    world.label_node("a0", rack="b")
+    assert not round_raises(world, "rack-b"), "the node that moved draws there already"
+
+
+def round_raises(world: SmallWorld, domain: str) -> bool:
+    world.others()
+    return raised(world, domain)
+
+
+def test_a_grant_and_a_raise_do_not_take_the_same_watts(world: SmallWorld):
+    """Each fits by itself; the second must know of the first."""
+    world.apply(RACK % ("rack-a", 40_000, "a"))
+    composed = world.plan()
+    ledger, facts = composed.books.ledger, composed.books.grid.facts
+    held = world.objects[GPUNode]["", "a0"]
+    held = msgspec.structs.replace(held, spec=msgspec.structs.replace(held.spec, pods=held.spec.pods[:1]))
+    mine = held.spec.pods[0].uid
+    gpus = tuple(
+        gpu
+        if gpu.pod_uid == mine
+        else msgspec.structs.replace(gpu, pod="", pod_uid="", enforced_milliwatts=gpu.min_milliwatts)
+        for gpu in held.status.gpus
+    )
+    held = msgspec.structs.replace(held, status=msgspec.structs.replace(held.status, gpus=gpus))
+    ledger = ledger.with_node(held)
+    pod = msgspec.structs.replace(held.spec.pods[0], uid="another", name="another")
+    action = act.ChargeNode(held, "a0", granted(held, pod), "one more")
+    after = with_charges(ledger, [action], facts)
+    more_watts = after.charge("rack-a") - ledger.charge("rack-a")
+    assert more_watts > 0
+    assert after.charge("hall") - ledger.charge("hall") == more_watts
+    gone = act.ChargeNode(held, "a0", msgspec.structs.replace(held.spec, pods=()), "released")
+    assert with_charges(ledger, [gone], facts).charges == ledger.charges, "it may fail: it frees nothing yet"
+    claimed = act.ChargeNode(held, "a0", msgspec.structs.replace(granted(held, pod), term=9), "claim")
+    later = replace(ledger, leadership=replace(ledger.leadership, term=9, claim_from=9))
+    assert ("GPUNode", "a0") in with_charges(later, [claimed], facts).unclaimed("hall"), (
+        "not before it is written"
+    )
