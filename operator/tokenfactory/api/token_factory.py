@@ -133,6 +133,10 @@ class Nim(Api, frozen=True, kw_only=True):
             extra_json_schema=LIST_SET,
         ),
     ] = ()
+    run_as_root: Annotated[
+        bool,
+        Meta(description="For an image that cannot run as another user; absent: it runs as user 1000."),
+    ] = False
     profile: Annotated[
         Annotated[str, Meta(max_length=253)] | None,
         Meta(description="NIM_MODEL_PROFILE; absent: NIM chooses."),

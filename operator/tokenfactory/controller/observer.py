@@ -84,6 +84,8 @@ class Observer:
         """LeaderWorkerSets, from when their CRD is there: nothing else waits for them."""
         while True:
             try:
+                # Everybody may ask what there is; only where there are any do we need the right to list them.
+                await self._client.request("GET", collection_path(LeaderWorkerSet).rpartition("/")[0])
                 await Listing(self._client, LeaderWorkerSet, collection_path(LeaderWorkerSet), {}, 500).read()
             except (ApiError, UnreachableError):
                 await asyncio.sleep(60)

@@ -31,6 +31,9 @@ _SECURITY: Final[Object] = {
 }
 
 
+_NOT_ROOT: Final[Object] = {"runAsNonRoot": True, "runAsUser": 1000}
+
+
 class WorkloadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the installation decides for every workload."""
 
@@ -182,7 +185,7 @@ def _init_containers(factory: TokenFactory, model: ModelSpec, options: WorkloadO
     ours: Object = {
         "image": options.image,
         "imagePullPolicy": options.image_pull_policy,
-        "securityContext": _SECURITY | {"runAsNonRoot": True, "runAsUser": 1000},
+        "securityContext": _SECURITY | _NOT_ROOT,
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
@@ -245,7 +248,7 @@ def _nim_container(model: ModelSpec) -> Object:
         "env": env,
         "ports": [{"name": "http", "containerPort": names.NIM_PORT}],
         "resources": {"limits": {names.GPU_RESOURCE: str(model.gpus_per_replica)}},
-        "securityContext": _SECURITY,
+        "securityContext": _SECURITY if model.nim.run_as_root else _SECURITY | _NOT_ROOT,
         "startupProbe": _probe("/v1/health/ready", period=10, failures=120, delay=30),
         "readinessProbe": _probe("/v1/health/ready", period=5, failures=3),
         "livenessProbe": _probe("/v1/health/live", period=10, failures=6),
