@@ -20,7 +20,7 @@ from tokenfactory.api import names
 from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet
 from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
-from tokenfactory.api.meta import OwnerReference
+from tokenfactory.api.meta import OwnerReference, Resource
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.unsettled import Unsettled, touched
 from tokenfactory.kube.apply import Precondition, Refused, Unchanged, Writer, Written
@@ -44,6 +44,8 @@ class Actor:
         self.writer = Writer(client, guard=guard)
         self._told_at: dict[tuple[str, Key], float] = {}
         self.unsettled = Unsettled()
+        self.written: dict[type[Resource], int] = {}
+        """The newest version that our charges made, by kind: what the caches must show before the next plan."""
         self.writes = 0
         self.refused = 0
         self.idle = asyncio.Event()
@@ -77,6 +79,9 @@ class Actor:
                 log.warning("action failed", extra={"action": type(action).__name__, "error": str(error)})
                 complete = False
                 continue
+            if isinstance(answer, Written) and isinstance(answer.object, CapSheet | GPUNode):
+                kind, version = type(answer.object), int(answer.object.metadata.resource_version or 0)
+                self.written[kind] = max(version, self.written.get(kind, 0))
             if isinstance(answer, Refused):
                 self.refused += 1
                 complete = False

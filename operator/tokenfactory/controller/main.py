@@ -128,6 +128,7 @@ async def _lead(
         _Planner(options.plan, metrics, cutter),
         actor,
         generation=lambda: cutter.generation,
+        caught_up=lambda: observer.reached(actor.written),
     )
     observer.on_change(reconciler.changed)
     observer.stores[PowerDomain].on_change(cutter.domain_changed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -104,6 +104,16 @@ class Observer:
         for cache in (*self._caches, self.leases):
             await cache.synced()
         await self._listed.wait()
+
+    async def reached(self, written: Mapping[type[Resource], int], within_seconds: float = 2.0) -> bool:
+        """True once the caches of charges show at least these versions; false if that takes too long."""
+        try:
+            async with asyncio.timeout(within_seconds):
+                await self.sheets.reached(written.get(CapSheet, 0))
+                await self.gpu_nodes.reached(written.get(GPUNode, 0))
+        except TimeoutError:
+            return False
+        return True
 
     async def _sweep(self) -> None:
         """Complete lists of what people wrote: see `store`."""

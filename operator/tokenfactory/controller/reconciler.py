@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from tokenfactory.controller.actions import Plan
@@ -18,6 +18,10 @@ from tokenfactory.controller.actor import Actor
 from tokenfactory.controller.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
+
+
+async def _at_once() -> bool:
+    return True
 
 
 class Reconciler:
@@ -33,6 +37,7 @@ class Reconciler:
         actor: Actor,
         *,
         generation: Callable[[], int] = lambda: 0,
+        caught_up: Callable[[], Awaitable[bool]] = _at_once,
         gather_seconds: float = 0.05,
         retry_seconds: float = 1.0,
     ) -> None:
@@ -40,6 +45,7 @@ class Reconciler:
         self._plan = plan
         self._actor = actor
         self._generation = generation
+        self._caught_up = caught_up
         self._gather = gather_seconds
         self._retry = retry_seconds
         self._dirty = asyncio.Event()
@@ -62,17 +68,19 @@ class Reconciler:
                 await asyncio.sleep(self._gather)
             self._dirty.clear()
             started = time.monotonic()
+            # A raise that one cache does not show yet would leave its watts free for a grant, and the reverse.
+            caught_up = await self._caught_up()
             generation = self._generation()
             # Pure and immutable, so it may take its time beside the loop, which goes on taking in events and cuts.
             plan = await asyncio.to_thread(self._plan, self._observe())
-            complete = await self._actor.execute(plan.actions, partial(self._is, generation))
+            complete = await self._actor.execute(plan.actions, partial(self._is, generation, caught_up))
             self.rounds += 1
             self.last_round_at = time.monotonic()
             self.last_seconds = self.last_round_at - started
             wait = plan.again_after_seconds if complete else min(self._retry, plan.again_after_seconds)
 
-    def _is(self, generation: int) -> bool:
-        return self._generation() == generation
+    def _is(self, generation: int, caught_up: bool) -> bool:
+        return caught_up and self._generation() == generation
 
     def liveness(self, longest_seconds: float = 180.0) -> str:
         """Raises once no round has ended for too long."""
