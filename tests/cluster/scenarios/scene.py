@@ -16,7 +16,7 @@ from tokenfactory.twin.site import Site
 _numbers = itertools.count(1)
 RACK = "topology.tokenfactory.dev/rack"
 OPERATOR = "system:serviceaccount:tokenfactory-system:tokenfactory-operator"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 45.0
 FULL_WATTS = 688.0
 """Where an H100 serves this model no faster with more watts: what nothing holds back."""
 

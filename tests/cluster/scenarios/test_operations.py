@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from tests.cluster.scenarios.scene import OPERATOR, Scene, model, plan
+from tests.cluster.scenarios.scene import FULL_WATTS, OPERATOR, Scene, model, plan
 
 from tokenfactory.api.cap_sheet import renewal_name
 
@@ -40,6 +40,8 @@ async def test_a_rollout_replaces_every_replica_within_the_budget(scene: Scene):
 async def test_a_model_is_added_and_removed(scene: Scene):
     await scene.apply(scene.factory(model("one", replicas=2)))
     await scene.ready()
+    await scene.until("full caps", lambda: full(scene, "one", 2))
+    await scene.until("everything to be at rest", lambda: at_rest(scene, 3))
     alone = await scene.charge()
     kept = {pod["metadata"]["uid"] for pod in await scene.serving(2, model="one")}
     await scene.apply(scene.factory(model("one", replicas=2), model("two", replicas=1)))
@@ -215,6 +217,11 @@ async def end(scene: Scene) -> Any:
             cap for model in ("one", "two") for cap in scene.caps(await scene.replicas(model=model))
         ),
     }
+
+
+async def full(scene: Scene, model: str, count: int) -> bool:
+    pods = await scene.replicas(model=model)
+    return len(pods) == count and set(scene.caps(pods)) == {FULL_WATTS}
 
 
 async def charged_at_most(scene: Scene, limit_watts: float) -> bool:
