@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from tests.cluster.scenarios.scene import FULL_WATTS, OPERATOR, Scene, model, plan
+from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, OPERATOR, Scene, model, plan
 
 from tokenfactory.api.cap_sheet import renewal_name
 
@@ -68,6 +68,7 @@ async def test_a_node_joins_is_drained_and_leaves(scene: Scene):
     await scene.site.fleet.add(plan(5, "r1"))
     await scene.apply(scene.factory(model(replicas=9)))
     await scene.serving(9)
+    scene.only_fell()  # a node draws as soon as it is racked: the others made room for it
     there = [pod for pod in await scene.replicas() if pod["spec"]["nodeName"] == "gpu-5"]
     assert len(there) == 1
 
@@ -86,7 +87,7 @@ async def test_a_node_joins_is_drained_and_leaves(scene: Scene):
     word = {"method": "Person", "by": "test", "at": "2026-11-21T12:00:00Z", "bootID": boot}
     await scene.patch("gn", "gpu-5", {"spec": {"fence": word}}, namespaced=False)
     await scene.until("its watts to be back", lambda: lost_nodes(scene, 0))
-    await scene.kubectl("delete", "gn", "gpu-5")
+    await scene.until("its GPUNode to be retired", lambda: no_such_node(scene, "gpu-5"))
     await scene.site.fleet.remove("gpu-5")
     assert await scene.condition("tf", "chat", "Ready") == "True"
 
@@ -172,12 +173,11 @@ async def test_edits_all_along_end_as_the_last_one_says(scene: Scene):
 
 
 async def test_a_deleted_factory_drains_and_gives_its_watts_back(scene: Scene):
-    idle = await scene.charge()
     await scene.apply(scene.factory(model(replicas=4)))
-    await scene.ready()
-    assert await scene.charge() > idle + 3000
+    await scene.until("full caps", lambda: full(scene, "llama", 4))
+    assert await scene.charge() > IDLE_WATTS + 3000
     await scene.mine("delete", "tf", "chat", "--timeout=20s")
-    await scene.until("its watts to be back", lambda: charged_at_most(scene, idle))
+    await scene.until("its watts to be back", lambda: charged_at_most(scene, IDLE_WATTS))
     await scene.mine("delete", "pvc,svc,deploy", "--all")
     await scene.kubectl("delete", "namespace", scene.namespace, "--timeout=60s")
 
@@ -230,6 +230,10 @@ async def charged_at_most(scene: Scene, limit_watts: float) -> bool:
 
 async def lost_nodes(scene: Scene, count: int) -> bool:
     return (await scene.site.status("pd", "hall")).get("lostNodes", 0) == count
+
+
+async def no_such_node(scene: Scene, name: str) -> bool:
+    return not await scene.kubectl("get", "gn", name, "--ignore-not-found", "-o", "name")
 
 
 def writes(scene: Scene) -> Counter[tuple[str, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from typing import Final
 
 import msgspec
 
@@ -13,6 +15,12 @@ from tokenfactory.api.quantities import Milliwatts, format_power
 Verdict = tuple[bool | None, str, str]
 """(holds? None: cannot be told; reason; message)."""
 
+STEADY: Final = 0.05
+"""Of a measured figure: changes up to this share are noise."""
+MEASURED: Final = frozenset({"EfficiencyMet", "SLOMet"})
+"""Conditions whose messages tell measured figures."""
+_NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
+
 
 def conditions(
     before: Sequence[Condition], verdicts: Mapping[str, Verdict], generation: int, wall: datetime
@@ -21,10 +29,12 @@ def conditions(
     known = {condition.type: condition for condition in before}
     now = rfc3339(wall)
     made = []
-    for kind, (holds, reason, message) in verdicts.items():
+    for kind, (holds, reason, words) in verdicts.items():
         status: ConditionStatus = "Unknown" if holds is None else "True" if holds else "False"
         old = known.get(kind)
         since = old.last_transition_time if old is not None and old.status == status else now
+        said_before = old is not None and (old.status, old.reason) == (status, reason)
+        message = steady(old.message, words) if old and said_before and kind in MEASURED else words
         made.append(
             Condition(
                 type=kind,
@@ -77,6 +87,14 @@ def cap_range(milliwatts: Iterable[int]) -> str:
         return ""
     low, high = (f"{cap / 1000:.0f}W" for cap in (caps[0], caps[-1]))
     return low if low == high else f"{low}-{high}"
+
+
+def steady(before: str, after: str) -> str:
+    """Measured figures that have hardly moved are told as before: noise is nothing new, and no reason for a write."""
+    if _NUMBER.sub("#", before) != _NUMBER.sub("#", after):
+        return after
+    pairs = zip(map(float, _NUMBER.findall(before)), map(float, _NUMBER.findall(after)), strict=True)
+    return before if all(abs(new - old) <= STEADY * max(old, new) for old, new in pairs) else after
 
 
 def same(one: msgspec.Struct, other: msgspec.Struct) -> bool:

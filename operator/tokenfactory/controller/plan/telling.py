@@ -15,7 +15,16 @@ from tokenfactory.controller.actions import Action, Tell, WriteStatus
 from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.recovering import Recovered
-from tokenfactory.controller.plan.status import at_most, cap_range, conditions, decimal, same, turned, watts
+from tokenfactory.controller.plan.status import (
+    at_most,
+    cap_range,
+    conditions,
+    decimal,
+    same,
+    steady,
+    turned,
+    watts,
+)
 from tokenfactory.controller.plan.verdicts import FactoryFacts, domain_verdicts, factory_verdicts
 from tokenfactory.controller.plan.world import Replica, World, whole
 from tokenfactory.kube.resources import key_of
@@ -43,7 +52,9 @@ def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
         limit=at_most(books.grid.limit(name)),
         usable=at_most(known.usable_milliwatts),
         charge=watts(charge),
-        draw=watts(sum(host.held.status.draw_milliwatts for host in nodes if host.held)),
+        draw=steady(
+            domain.status.draw, watts(sum(host.held.status.draw_milliwatts for host in nodes if host.held))
+        ),
         headroom=at_most(known.usable_milliwatts - charge),
         bound_by=books.grid.tree.domains[name].bound_by,
         epoch=sheet.spec.epoch if sheet else 0,
@@ -78,9 +89,12 @@ def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) ->
         ),
         budget=at_most(facts.budget_milliwatts),
         charge=watts(facts.charge_milliwatts),
-        draw=watts(round(sum(_draw(world, replica) for replica in facts.replicas))),
-        tokens_per_second=decimal(sum(_rate(facts.metered(model)) for model in factory.spec.models), 0),
-        tokens_per_joule=decimal(per_joule) if per_joule else "",
+        draw=steady(before.draw, watts(round(sum(_draw(world, replica) for replica in facts.replicas)))),
+        tokens_per_second=steady(
+            before.tokens_per_second,
+            decimal(sum(_rate(facts.metered(model)) for model in factory.spec.models), 0),
+        ),
+        tokens_per_joule=steady(before.tokens_per_joule, decimal(per_joule) if per_joule else ""),
         ready=f"{facts.ready}/{facts.desired}",
         models=facts.models,
         waiting=(
@@ -174,6 +188,9 @@ def _facts(books: Books, recovered: Recovered, factory: TokenFactory) -> Factory
 
 def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: FactoryFacts) -> ModelStatus:
     owner = _owner(factory, model)
+    before = next(
+        (each for each in factory.status.models if each.name == model.name), ModelStatus(name=model.name)
+    )
     mine = [replica for replica in facts.replicas if replica.model.name == model.name]
     metered = facts.metered(model)
     per_joule = _since_start(metered)
@@ -187,8 +204,8 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
         name=model.name,
         desired=books.staffing.count(key_of(factory), model.name),
         ready=whole(replica for replica in mine if replica.ready),
-        tokens_per_second=decimal(_rate(metered), 0),
-        tokens_per_joule=decimal(per_joule) if per_joule else "",
+        tokens_per_second=steady(before.tokens_per_second, decimal(_rate(metered), 0)),
+        tokens_per_joule=steady(before.tokens_per_joule, decimal(per_joule) if per_joule else ""),
         charge=watts(books.ledger.owner_charge(owner)),
         cap=cap_range(caps),
         bound_by=_bound_by(books, owner),
