@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from tokenfactory.controller.actions import Action, Plan, PublishSheet
+from tokenfactory.controller.actions import Action, ChargeNode, OpenGate, Plan, PublishSheet, Retire
 from tokenfactory.controller.plan import bidding
 from tokenfactory.controller.plan.accounting import account
 from tokenfactory.controller.plan.books import Books
@@ -74,7 +74,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     cleared = bidding.clear(world, grid, ledger, coming, [label for _, label in memory.shedding.parked])
     less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
-    sheets = _sheets(ledger, charging, grid, targets)
+    unreadable = bool(snapshot.unreadable)
+    sheets = _sheets(ledger, charging, grid, targets, may_rise=not unreadable)
     actions: list[Action] = _publish(world, sheets)
     actions += charging
     actions += open_gates(world)
@@ -84,13 +85,18 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less)
     actions += _tell(books)
     actions += retire(world, ledger)
+    if unreadable:
+        # A charge that we do not see must not count as none, nor its domain as deleted.
+        actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
     plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
     return Composed(plan, books, Memory(staffing.memory, energy, caps, less.memory, ledger))
 
 
-def _sheets(ledger: Ledger, charging: list[Action], grid: Grid, targets: Targets) -> SheetPlan:
+def _sheets(
+    ledger: Ledger, charging: list[Action], grid: Grid, targets: Targets, *, may_rise: bool
+) -> SheetPlan:
     """No watt is spent twice in a round: what its node writes charge is gone before any sheet may rise."""
-    if leaves_a_path(charging):
+    if not may_rise or leaves_a_path(charging):
         return SheetPlan(plan_cuts(ledger, targets), ())
     return plan_sheets(with_charges(ledger, charging, grid.facts), targets)
 

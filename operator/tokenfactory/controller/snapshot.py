@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.checkpoint import Checkpoint
@@ -15,6 +16,8 @@ from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.kube.objects import Namespace, Node, Pod
 from tokenfactory.kube.resources import Key
+
+_CHARGING: Final = frozenset({PowerDomain.KIND, CapSheet.KIND, GPUNode.KIND, Node.KIND, Pod.KIND})
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,12 @@ class Snapshot:
     """(kind, name) of sheets and nodes that we wrote without learning the outcome."""
     undecodable: Mapping[tuple[str, Key], str] = field(default_factory=dict)
     """(kind, key) → why: these objects are not as the snapshot shows them."""
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Of what charges are made from, and why. It is not gone, and may have been a cut: nothing may rise on it."""
+        return tuple(
+            f"{kind} {key[1]} cannot be read: {why}"
+            for (kind, key), why in sorted(self.undecodable.items())
+            if kind in _CHARGING
+        )

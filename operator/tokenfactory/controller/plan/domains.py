@@ -40,6 +40,10 @@ def lay_out(world: World) -> Grid:
     wall = world.snapshot.wall
     now = tree.build(world.snapshot.domains.values(), wall)
     problems = {problem.subject: (problem.reason, problem.message) for problem in now.problems}
+    if unreadable := world.snapshot.unreadable:
+        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+        message = f"nothing rises until this is repaired: {unreadable[0]}{more}"
+        problems |= {name: ("Unreadable", message) for name, each in now.domains.items() if not each.parent}
     domains = {
         name: Domain(name, domain.parent, domain.usable_milliwatts, domain.hold_milliseconds)
         for name, domain in now.domains.items()
