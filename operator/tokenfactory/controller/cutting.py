@@ -57,11 +57,24 @@ class Cutter:
         self._actor = actor
         self._changed = asyncio.Event()
         self._last: Composed | None = None
-        self.generation = 0
+        self._generation = 0
+        self._changes = self._judged = 0
+        self._usable: Mapping[str, int] = {}
         self.published = 0
 
     def domain_changed(self) -> None:
+        self._changes += 1
         self._changed.set()
+
+    def generation(self) -> int:
+        """Another one whenever a limit has fallen since it was last asked for: also one that has risen in between."""
+        if self._judged != self._changes:
+            self._judged = self._changes
+            usable = usable_now(self._domains().values(), datetime.now(UTC))
+            if any(usable.get(name, 0) < before for name, before in self._usable.items()):
+                self._generation += 1
+            self._usable = usable
+        return self._generation
 
     def planned(self, composed: Composed) -> None:
         """A round has ended its planning on these facts."""
@@ -75,7 +88,7 @@ class Cutter:
                 continue
             actions = cuts(self._last, self._domains(), self._sheets(), datetime.now(UTC))
             if actions:
-                self.generation += 1
+                self._generation += 1
                 self.published += len(actions)
                 await self._actor.execute(actions)
                 log.info("limit lowered", extra={"sheets": len(actions)})

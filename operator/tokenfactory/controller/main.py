@@ -127,7 +127,7 @@ async def _lead(
         partial(observer.snapshot, leadership, actor.unsettled),
         _Planner(options.plan, metrics, cutter),
         actor,
-        generation=lambda: cutter.generation,
+        generation=cutter.generation,
         caught_up=lambda: observer.reached(actor.written),
     )
     observer.on_change(reconciler.changed)
