@@ -103,9 +103,9 @@ async def test_somebody_elses_pods_on_gpus_are_charged_and_kept_clear_of(scene: 
         return classes["unmanaged"] == GPUS and await scene.charge("rack-2") >= before + GPUS * 500
 
     await scene.until("its GPUs to be charged at their default limit", charged)
-    await scene.apply(scene.factory(model(replicas=7)))
+    await scene.apply(scene.factory(model(replicas=6)))
     await scene.ready()
-    everywhere = Counter(pod["spec"]["nodeName"] for pod in await scene.serving(7))
+    everywhere = Counter(pod["spec"]["nodeName"] for pod in await scene.serving(6))
     assert everywhere["gpu-4"] <= 1
     await scene.mine("delete", "pod", "stranger")
     await scene.apply(scene.factory(model(replicas=8)))
