@@ -10,10 +10,10 @@ import asyncio
 import json
 import logging
 import signal
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -31,6 +31,7 @@ from tokenfactory.kube.backoff import Backoff
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.errors import ApiError, UnreachableError
 from tokenfactory.kube.lease import Heartbeat
+from tokenfactory.kube.logs import log_as_json
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +62,6 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "INFO"
 
 
-class JsonFormatter(logging.Formatter):
-    """One event a line, with its keys."""
-
-    _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        event: dict[str, Any] = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
-        event |= {key: value for key, value in vars(record).items() if key not in self._PLAIN}
-        if record.exc_info:
-            event["exception"] = self.formatException(record.exc_info)
-        return json.dumps(event, default=str)
-
-
 async def run(options: AgentOptions) -> None:
     """Until SIGTERM or SIGINT. Caps stay as they are, whatever ends it."""
     pods = LivePods(options.pod_resources)
@@ -99,7 +83,7 @@ async def run(options: AgentOptions) -> None:
                 scrape=scraper.scrape if scraper else None,
                 pace=Pace(**options.pace),
             )
-            await _serve(agent, options)
+            await _serve(agent, options, lambda: node.cache.is_synced)
             watchdog = Watchdog(agent.progress)
             watchdog.start()
             tasks.create_task(node.cache.run(), name="node")
@@ -159,7 +143,7 @@ async def _beat_once(heartbeat: Heartbeat, within_seconds: float) -> str:
         return str(error) or "no answer in time"
 
 
-async def _serve(agent: Agent, options: AgentOptions) -> None:
+async def _serve(agent: Agent, options: AgentOptions, heard: Callable[[], bool]) -> None:
     """The start gate for the pods of this node; Prometheus and the kubelet's probes beside it."""
 
     async def alive(_rest: str) -> Answer:
@@ -169,8 +153,11 @@ async def _serve(agent: Agent, options: AgentOptions) -> None:
 
     async def ready(_rest: str) -> Answer:
         decision = agent.state.decision
-        mode = decision.mode if decision is not None else "no decision yet"
-        known = decision is not None and agent.state.node is not None
+        mode: str = decision.mode if decision is not None else "no decision yet"
+        if heard() and agent.state.node is None:
+            # An installation before its first PowerDomain is a working one.
+            mode = "no GPUNode: this node is in no power domain"
+        known = decision is not None and heard()
         return Answer(HTTPStatus.OK if known else HTTPStatus.SERVICE_UNAVAILABLE, f"{mode}\n".encode())
 
     async def metrics(_rest: str) -> Answer:
@@ -191,7 +178,5 @@ async def _serve(agent: Agent, options: AgentOptions) -> None:
 
 def main(argument: str) -> None:
     options = msgspec.json.decode(argument, type=AgentOptions)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=options.log_level, handlers=[handler])
+    log_as_json(options.log_level)
     asyncio.run(run(options))

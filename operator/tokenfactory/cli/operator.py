@@ -36,8 +36,9 @@ def operator(
     from tokenfactory.controller.compose import Options
     from tokenfactory.controller.main import OperatorOptions, run
     from tokenfactory.controller.workloads import WorkloadOptions
+    from tokenfactory.kube.logs import log_as_json
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_as_json(logging.INFO)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per event says nothing to anybody
     options = OperatorOptions(
         namespace=namespace,

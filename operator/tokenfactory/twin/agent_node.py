@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from tokenfactory.kube.apply import Refused, Writer
 from tokenfactory.kube.client import Client
 from tokenfactory.twin.kubelet import SimulatedKubelet, SimulatedPod
 from tokenfactory.twin.nvml import SimulatedNode
+from tokenfactory.twin.processes import PROGRAM, environment
 
 T = TypeVar("T", bound=Resource)
 
@@ -53,7 +53,8 @@ class AgentNode:
     def start(self, kubeconfig: Path, *arguments: str) -> subprocess.Popen[bytes]:
         self._ports.unlink(missing_ok=True)
         command = [
-            *(sys.executable, "-m", "tokenfactory.cli", "agent"),
+            *PROGRAM,
+            "agent",
             f"--node={self.name}",
             f"--kubeconfig={kubeconfig}",
             f"--pod-resources={self.kubelet.socket}",
@@ -64,7 +65,10 @@ class AgentNode:
         ]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, env={**os.environ, **self.hardware.environment}, stdout=log, stderr=log
+                command,
+                env={**os.environ, **environment(), **self.hardware.environment},
+                stdout=log,
+                stderr=log,
             )
         return self.process
 

@@ -18,7 +18,7 @@ from tokenfactory.agent import main
 from tokenfactory.agent.guard import Measured, guarded, watch
 from tokenfactory.agent.holders import holdings
 from tokenfactory.agent.live import LiveSheets
-from tokenfactory.agent.main import AgentOptions, JsonFormatter
+from tokenfactory.agent.main import AgentOptions
 from tokenfactory.agent.metrics import render
 from tokenfactory.agent.parts import PodDevices
 from tokenfactory.agent.sources import SheetBook
@@ -29,6 +29,7 @@ from tokenfactory.api.cap_sheet import CapSheet, CapSheetSpec, ClassCap, Earlier
 from tokenfactory.api.gpu_node import GPUNodeSpec, PodGrant
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.cli.main import app
+from tokenfactory.kube.logs import JsonFormatter
 
 # --- the guard
 
