@@ -174,7 +174,7 @@ async def test_edits_all_along_end_as_the_last_one_says(scene: Scene):
 async def test_a_deleted_factory_drains_and_gives_its_watts_back(scene: Scene):
     await scene.apply(scene.factory(model(replicas=4)))
     await scene.until("full caps", lambda: full(scene, "llama", 4))
-    assert await scene.charge() > IDLE_WATTS + 3000
+    await scene.until("its charge to be told", lambda: charged_at_least(scene, IDLE_WATTS + 3000))
     await scene.mine("delete", "tf", "chat", "--timeout=20s")
     await scene.until("its watts to be back", lambda: charged_at_most(scene, IDLE_WATTS))
     await scene.mine("delete", "pvc,svc,deploy", "--all")
@@ -206,21 +206,24 @@ async def end(scene: Scene) -> Any:
     await scene.until("everything to be at rest", lambda: at_rest(scene, 12))
     status = await scene.status()
     owned = await scene.site.get("deploy", namespace=scene.namespace)
+    pods = [*await scene.replicas(model="one"), *await scene.replicas(model="two")]
     return {
         "ready": status["ready"],
         "models": [(each["name"], each["ready"], each["cap"], each["charge"]) for each in status["models"]],
         "conditions": sorted((each["type"], each["status"], each["reason"]) for each in status["conditions"]),
         "charge": await scene.charge(),
         "deployments": [(each["metadata"]["name"], each["spec"]["replicas"]) for each in owned["items"]],
-        "caps": sorted(
-            cap for model in ("one", "two") for cap in scene.caps(await scene.replicas(model=model))
-        ),
+        "caps": sorted(scene.caps(pods)),
     }
 
 
 async def full(scene: Scene, model: str, count: int) -> bool:
     pods = await scene.replicas(model=model)
     return len(pods) == count and set(scene.caps(pods)) == {FULL_WATTS}
+
+
+async def charged_at_least(scene: Scene, least_watts: float) -> bool:
+    return await scene.charge() >= least_watts
 
 
 async def charged_at_most(scene: Scene, limit_watts: float) -> bool:
