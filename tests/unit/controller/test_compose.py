@@ -1,5 +1,6 @@
 """A factory from first apply to tokens, followed in memory: what is written, in which order, and when it stops."""
 
+import msgspec
 import pytest
 from tests.unit.controller.small_world import SmallWorld
 
@@ -184,3 +185,20 @@ def test_replicas_that_outlive_their_factory_are_charged_as_what_they_are(world:
         assert world.plan().books.ledger.charge("hall") <= before
         world.operate()
         world._beat()
+
+
+def test_a_stranger_that_only_the_agent_sees_makes_its_node_charged_for_a_reboot(world: SmallWorld):
+    """It may hold a GPU in a way that no pod's requests tell (DRA, MIG, an environment variable)."""
+    world.settle()
+    ledger = world.plan().books.ledger
+    name = min(world.agents, key=ledger.node_charge)
+    guarded = ledger.node_charge(name)
+    node = world.objects[GPUNode]["", name]
+    gpus = tuple(
+        msgspec.structs.replace(gpu, pod="default/stranger") if not gpu.pod else gpu
+        for gpu in node.status.gpus
+    )
+    world.put(msgspec.structs.replace(node, status=msgspec.structs.replace(node.status, gpus=gpus)))
+    charged = world.plan().books.ledger.node_charge(name)
+    assert charged > guarded
+    assert charged >= sum(gpu.default_milliwatts for gpu in gpus)

@@ -79,13 +79,19 @@ def _overhead(world: World, host: GpuHost, path: tuple[str, ...]) -> int:
     return measured or UNKNOWN_OVERHEAD_MILLIWATTS
 
 
+def _strangers(host: GpuHost) -> bool:
+    """The agent sees a pod on a GPU that its spec does not list, in whatever way it came by it."""
+    gpus = host.held.status.gpus if host.held else ()
+    return any(gpu.pod and not gpu.pod_uid for gpu in gpus)
+
+
 def _facts(world: World, host: GpuHost) -> NodeFacts:
     taints = host.node.spec.taints if host.node else ()
     tainted = any(
         taint.key == names.MANAGED_TAINT and taint.effect in {"NoSchedule", "NoExecute"} for taint in taints
     )
     return NodeFacts(
-        guarded=tainted and not world.foreign.get(host.name),
+        guarded=tainted and not world.foreign.get(host.name) and not _strangers(host),
         nameplate_milliwatts=UNKNOWN_OVERHEAD_MILLIWATTS + host.gpu_count * 1_200_000,
         heard=host.silent_seconds is not None and not world.lost(host),
     )
