@@ -110,7 +110,8 @@ class LiveWriter:
         problem = ""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
-                answer = await self._writer.status(held, status, urgent=True)
+                # P4: a status of an earlier boot that lingers on its way must not land over this one's.
+                answer = await self._writer.status(held, status, exact=True, urgent=True)
             problem = answer.message if isinstance(answer, Refused) else ""
         except (ApiError, UnreachableError, TimeoutError) as error:
             problem = str(error) or "no answer in time"

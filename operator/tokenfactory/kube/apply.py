@@ -170,9 +170,18 @@ class Writer:
         return Unchanged()
 
     async def status(
-        self, held: T, status: Api, *, only_if: Precondition | None = None, urgent: bool = False
+        self,
+        held: T,
+        status: Api,
+        *,
+        only_if: Precondition | None = None,
+        exact: bool = False,
+        urgent: bool = False,
     ) -> Written[T] | Unchanged | Refused:
         """Say `status` of the object that the cache holds, unless it says just that already.
+
+        With `exact` only over the newest version that we know, from the cache or from our own last write: a request
+        that lingers on its way cannot overtake what was said since.
 
         The cache may lag behind our own last write; what that said is remembered until the cache has caught up, so
         that the same words are not sent twice meanwhile.
@@ -185,6 +194,9 @@ class Writer:
         if said is not None and version >= said.resource_version:
             del self._statuses[slot]
             said = None
+        if exact:
+            newest = version if said is None else said.resource_version
+            only_if = Precondition(held.metadata.uid or "", str(newest))
         known = said.words if said is not None else normal_form(getattr(held, "status", None))
         if known == wanted:
             self.unchanged_statuses += 1

@@ -199,6 +199,15 @@ async def test_a_status_is_sent_only_when_it_says_something_new(proxy, writer, s
     assert (await direct.get(Balanced, key)).status == said
 
 
+async def test_an_exact_status_goes_over_nothing_but_what_was_seen_or_said_last(writer, service, direct):
+    """A request of an earlier life that lingers on its way must not land over what was said since."""
+    assert isinstance(await writer.status(service, at("10.1.1.1"), exact=True), Written)
+    # The cache has not caught up with our own write: what that answered is the version to go over.
+    assert isinstance(await writer.status(service, at("10.1.1.2"), exact=True), Written)
+    # Somebody who still holds the object as it was at first comes too late.
+    assert isinstance(await Writer(direct).status(service, at("10.9.9.9"), exact=True), Refused)
+
+
 async def test_a_status_for_an_object_that_is_gone_is_refused(writer, service, direct, namespace):
     await Writer(direct).delete(Balanced, (namespace, "s"))
     assert isinstance(await writer.status(service, at("10.1.1.1")), Refused)
