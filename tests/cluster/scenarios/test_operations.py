@@ -185,9 +185,9 @@ async def test_an_operator_killed_at_its_writes_ends_where_an_undisturbed_one_do
     """Each operator lives until it has written something; then the next one takes over."""
     final = scene.factory(model("one", replicas=2, image="1.9.0"), model("two", replicas=1, band=90))
     await scene.apply(scene.factory(model("one", replicas=3)))
-    for number in range(8):
+    for number in range(4):
         wrote = sum(writes(scene).values())
-        if number == 4:
+        if number == 2:
             await scene.apply(final)
         await scene.until("the operator to write", partial(wrote_more, scene, wrote + 1 + number))
         await asyncio.to_thread(scene.site.stop_operator, kill=True)

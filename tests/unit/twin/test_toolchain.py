@@ -181,7 +181,11 @@ def test_a_cache_that_cannot_be_made_names_the_setting(
 
 
 def builder(machine: SimpleNamespace) -> subprocess.Popen[str]:
-    code = "from tokenfactory.twin import toolchain; print(toolchain.ensure_control_plane())"
+    # Whoever runs the tests in the background may have told us to ignore Ctrl-C; a person at a terminal has not.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tokenfactory.twin import toolchain; print(toolchain.ensure_control_plane())"
+    )
     environment = {**os.environ, "PYTHONPATH": "operator"}
     return subprocess.Popen(
         [sys.executable, "-c", code],
