@@ -5,10 +5,12 @@ import pytest
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.gpu_node import GPUNode
+from tokenfactory.api.names import GPU_RESOURCE
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.cutting import cuts
+from tokenfactory.kube.objects import Pod
 
 SITE = """
 apiVersion: tokenfactory.dev/v1alpha1
@@ -72,10 +74,11 @@ def test_a_factory_comes_up_and_then_nothing_is_written(world: SmallWorld):
 def test_a_gate_opens_only_after_the_charge_stands_and_is_obeyed(world: SmallWorld):
     for _ in range(40):
         world.others()
+        seen = world.snapshot().gpu_nodes
         plan = world.plan().plan
         for action in plan.actions:
             if isinstance(action, act.OpenGate):
-                node = world.objects[GPUNode][("", action.node)]
+                node = seen["", action.node]
                 assert action.pod.metadata.uid in {grant.uid for grant in node.spec.pods}
                 assert node.status.observed_generation == node.metadata.generation
                 assert node.status.capped
@@ -202,3 +205,33 @@ def test_a_stranger_that_only_the_agent_sees_makes_its_node_charged_for_a_reboot
     charged = world.plan().books.ledger.node_charge(name)
     assert charged > guarded
     assert charged >= sum(gpu.default_milliwatts for gpu in gpus)
+
+
+def test_beside_a_stranger_every_replica_that_fits_gets_its_watts():
+    """On a node that is charged for a reboot caps buy nothing: what it owes must come off what the others may have."""
+    world = SmallWorld()
+    for number in range(4):
+        world.add_node(f"n{number}", gpus=4)
+    site = SITE.replace("30kW", "14kW").replace("nodeOverhead: 1kW", "nodeOverhead: 800W")
+    site = site.replace("meta/llama:", "meta/llama-3.1-8b:").replace("gpusPerReplica: 4", "gpusPerReplica: 2")
+    world.apply(site.replace("min: 3, max: 8", "min: 1, max: 8"))
+    world.settle()
+    stranger = msgspec.convert(
+        {
+            "metadata": {"name": "stranger", "namespace": "default", "uid": "uid-stranger"},
+            "spec": {
+                "nodeName": "n3",
+                "containers": [{"name": "x", "resources": {"limits": {GPU_RESOURCE: "1"}}}],
+            },
+        },
+        Pod,
+    )
+    world.put(stranger)
+    world.settle()
+    world.apply(site.replace("min: 3, max: 8", "min: 7, max: 8"))
+    for _ in range(40):
+        world.others()
+        world.operate()
+        assert draw(world) <= 14_000_000
+    mine = [pod for pod in world.ready_pods() if pod.metadata.name != "stranger"]
+    assert len(mine) == 7, factory(world).status.waiting

@@ -52,6 +52,8 @@ class Supply:
     committed: IntArray
     limits: IntArray
     purses: tuple[budgets.Purse, ...]
+    named: tuple[tuple[int, int], ...]
+    """(domain, class) pairs whose sheets must name the class, whether or not its GPUs there are for sale."""
 
     def settle(
         self, floors: Mapping[int, float] | None = None, limits: IntArray | None = None
@@ -238,23 +240,32 @@ def _milliseconds(text: str | None) -> float | None:
 # --- supply
 
 
+class _Stands(dict[tuple[str, str], _Stand]):
+    """GPUs for sale by (domain, class); none for sale still means that the sheets must name the class."""
+
+    def put(self, domain: str, label: str, count: int, low: int, high: int) -> None:
+        held = self.get((domain, label), _Stand(0, low, high))
+        self[domain, label] = _Stand(held.count + count, max(held.low, low), max(held.high, high))
+
+    def take(self, domain: str, label: str, count: int) -> bool:
+        """Off what is there; false when there is no such stand."""
+        held = self.get((domain, label))
+        if held is not None:
+            self[domain, label] = replace(held, count=max(0, held.count - count))
+        return held is not None
+
+
 def _stands(
     world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming]
-) -> tuple[dict[tuple[str, str], _Stand], dict[str, int]]:
+) -> tuple[_Stands, dict[str, int]]:
     """GPUs that obey, by (domain, class); and what each domain owes besides, by domain."""
-    stands: dict[tuple[str, str], _Stand] = {}
+    stands = _Stands()
     committed: dict[str, int] = defaultdict(int)
-
-    def add(domain: str, label: str, count: int, low: int, high: int) -> None:
-        held = stands.get((domain, label), _Stand(0, low, high))
-        stands[domain, label] = _Stand(held.count + count, max(held.low, low), max(held.high, high))
-
-    for name, entry in ledger.entries.items():
+    for entry in ledger.entries.values():
         line, spec = entry.line, entry.node.spec
-        obeys = entry.kind == "Charged" and entry.facts.heard and not spec.former_paths
         if not spec.path:
             continue
-        if not obeys:
+        if not (entry.kind == "Charged" and entry.facts.heard and not spec.former_paths):
             # P4: nothing that a silent node is charged can be had back, and a moving one counts on both paths.
             for path in (spec.path, *spec.former_paths):
                 if path and path[-1] in grid.domains:
@@ -264,18 +275,27 @@ def _stands(
             continue
         committed[spec.path[-1]] += line.fixed
         for demand in line.expected():
-            add(spec.path[-1], demand.class_name, demand.count, demand.low, demand.high)
-        del name
+            # Where a stranger may land a cap buys nothing: the GPU is owed in full, and only named in the sheets.
+            sold = demand.count if entry.facts.guarded else 0
+            committed[spec.path[-1]] += (demand.count - sold) * max(demand.base, demand.high)
+            stands.put(spec.path[-1], demand.class_name, sold, demand.low, demand.high)
     for pod in coming:
-        host = world.hosts[pod.node]
-        if host.held is None or not host.held.status.gpus or not host.held.spec.path:
-            continue
-        gpu, domain = host.held.status.gpus[0], host.held.spec.path[-1]
-        idle = stands.get((domain, names.idle_class(gpu.product)))
-        if idle is not None and domain in grid.domains:
-            stands[domain, names.idle_class(gpu.product)] = replace(idle, count=max(0, idle.count - pod.gpus))
-            add(domain, pod.class_name, pod.gpus, gpu.min_milliwatts, gpu.max_milliwatts)
+        _expect(stands, world, grid, ledger, pod)
     return stands, committed
+
+
+def _expect(stands: _Stands, world: World, grid: Grid, ledger: Ledger, pod: Coming) -> None:
+    """A pod to come takes idle GPUs of its node; on an unguarded node those are paid for already."""
+    host = world.hosts[pod.node]
+    if host.held is None or not host.held.status.gpus or not host.held.spec.path:
+        return
+    gpu, domain = host.held.status.gpus[0], host.held.spec.path[-1]
+    if domain not in grid.domains:
+        return
+    guarded = ledger.entries[pod.node].facts.guarded
+    if not guarded or stands.take(domain, names.idle_class(gpu.product), pod.gpus):
+        count = pod.gpus if guarded else 0
+        stands.put(domain, pod.class_name, count, gpu.min_milliwatts, gpu.max_milliwatts)
 
 
 def _supply(
@@ -301,7 +321,8 @@ def _supply(
     )
     owed = np.array([committed.get(name, 0) for name in forest.names], dtype=np.int64)
     limits = np.array([grid.domains[name].usable_milliwatts for name in forest.names], dtype=np.int64)
-    return Supply(forest, goods, fleet, owed, limits, _purses(world, grid, goods))
+    named = tuple((int(forest.position[caller[domain]]), number[label]) for domain, label in keys)
+    return Supply(forest, goods, fleet, owed, limits, _purses(world, grid, goods), named)
 
 
 def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
@@ -400,9 +421,9 @@ def _targets(
     supply: Supply, settled: budgets.Settled, lowest: budgets.Settled, hulls: Mapping[str, Hull]
 ) -> dict[str, dict[str, Allowance]]:
     """Per domain the classes that stand below it. What falls back keeps its SLO floor, if the lowest limit does."""
-    forest, fleet = supply.forest, supply.fleet
+    forest = supply.forest
     below: dict[int, set[int]] = defaultdict(set)
-    for domain, number in zip(fleet.domain.tolist(), fleet.class_index.tolist(), strict=True):
+    for domain, number in supply.named:
         for position in forest.path(domain):
             below[position].add(number)
     targets: dict[str, dict[str, Allowance]] = {}

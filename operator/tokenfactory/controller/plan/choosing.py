@@ -169,7 +169,9 @@ def _headroom(world: World, grid: Grid, ledger: Ledger) -> dict[str, int]:
                 if key not in wanted:
                     hull = hulls_of(world, {demand.class_name: (demand.low, demand.high)})[demand.class_name]
                     wanted[key] = worthwhile(hull)
-                total += demand.count * wanted[key]
+                total += demand.count * (
+                    wanted[key] if entry.facts.guarded else max(wanted[key], demand.base)
+                )
         for domain in line.domains:
             if domain in left:
                 left[domain] -= total
