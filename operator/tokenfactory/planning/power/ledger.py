@@ -415,7 +415,7 @@ class Ledger:
             more = new - (old if domain in before.domains else 0)
             lack = more - self.headroom(domain)
             if lack > 0 and (more > 0 or grows):
-                why.append(f"domain {domain} lacks {lack} mW")
+                why.append(f"domain {domain} lacks {-(-lack // 1000)} W")
         return Admission(not why, tuple(dict.fromkeys(why)))
 
 

@@ -97,7 +97,7 @@ def test_admission_asks_every_domain_of_the_path() -> None:
     node = a_node("a", path=["hall", "rack"], gpus=2).acked(hall=1, rack=1).obj()
     ledger = look([node], sheets=sheets, domains=domains)
     assert ledger.admit("a", CHAT, 1)
-    assert ledger.admit("a", CHAT, 2).why == ("domain rack lacks 300000 mW",)
+    assert ledger.admit("a", CHAT, 2).why == ("domain rack lacks 300 W",)
 
 
 def test_nothing_is_admitted_while_a_former_leader_may_still_write() -> None:
