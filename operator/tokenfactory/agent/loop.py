@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from tokenfactory.agent.exposition import Reading as MetricsReading
@@ -305,6 +305,16 @@ class Agent:
                 await self.settled()
         except TimeoutError:
             pass
+
+    async def fresh_limits(self, gpus: Iterable[str], within_seconds: float) -> bool:
+        """Read these GPUs' limits now; what was reset is set again before this returns. False: time was up."""
+        try:
+            async with asyncio.timeout(within_seconds):
+                await asyncio.gather(*(self._observe_one(gpu) for gpu in gpus))
+                await self.settled()
+        except TimeoutError:
+            return False
+        return True
 
     async def settled(self) -> None:
         """Return once everything heard so far is obeyed and read back."""

@@ -46,6 +46,8 @@ class StartGate:
                 False, "Released", "the grant is being taken back; this pod will be replaced", final=True
             )
         await self._agent.fresh_pods(FRESH_SECONDS)
+        if not await self._agent.fresh_limits(self._agent.state.holdings.gpus_of(uid), FRESH_SECONDS):
+            return _wait("NotReadBack", "its GPUs' limits could not be read anew in time")
         return self._judge(uid, grant)
 
     def _grant(self, uid: str) -> PodGrant | None:

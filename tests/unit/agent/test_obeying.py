@@ -185,6 +185,19 @@ def test_the_gate_opens_only_when_the_pods_caps_were_read_back() -> None:
     story(tell)
 
 
+def test_the_gate_reads_limits_anew_so_that_no_model_starts_on_one_that_was_just_reset() -> None:
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", 0),))
+        await node.settle()
+        gate = StartGate(node.agent)
+        assert (await gate.ask("uid-a")).may_start
+        node.nvml.gpus["GPU-0"].limit = DEFAULT
+        assert (await gate.ask("uid-a")).may_start
+        assert node.limits()[0] == 600_000
+
+    story(tell)
+
+
 def test_asking_the_gate_asks_the_kubelet_and_does_not_wait_for_its_turn() -> None:
     async def tell(node: Node) -> None:
         await node.settle()
