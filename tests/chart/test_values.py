@@ -103,7 +103,8 @@ def test_what_the_workloads_are_started_with_is_what_the_commands_know(render):
 
 
 def test_the_heartbeats_name_in_the_policy_is_the_one_that_agents_use(render):
-    policy = one(render(), "ValidatingAdmissionPolicy")
+    policies = [each for each in render() if each["kind"] == "ValidatingAdmissionPolicy"]
+    (policy,) = [each for each in policies if each["metadata"]["name"] == "tokenfactory-agent"]
 
     assert f"'{HEARTBEAT_PREFIX}' + variables.node" in str(policy["spec"]["validations"])
 
