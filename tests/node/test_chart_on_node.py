@@ -36,7 +36,8 @@ spec:
   power: {domain: room}
   models:
   - name: llama-8b
-    nim: {image: MODEL}
+    # The simulated library keeps its state in a file that only root may change.
+    nim: {image: MODEL, runAsRoot: true}
     gpusPerReplica: 2
     replicas: {min: 1, max: 1}
 """.replace("MODEL", MODEL)

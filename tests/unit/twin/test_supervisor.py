@@ -22,8 +22,10 @@ STUBBORN = "trap '' TERM; : >{trapped}; while :; do sleep 0.05; done"
 
 # An owner in a process of its own: starts two sleepers, says their pids, and lingers.
 OWNER = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have it ignored
 sys.path[:0] = {path!r}
 from tests.unit.twin.test_supervisor import SLEEPER, supervised
 folder = Path({folder!r})
