@@ -9,7 +9,7 @@ import msgspec
 from tests.fault.world import Kit
 
 from tokenfactory.api.gpu_node import Fence
-from tokenfactory.planning.power import governor, ledger, publish
+from tokenfactory.planning.power import governor, ledger, lines, publish
 from tokenfactory.planning.power.sheets import History
 
 
@@ -25,7 +25,7 @@ def _silence_is_a_fence(domains, found, nodes, facts, leadership):
         if facts[node.metadata.name].heard:
             return node
         fence = Fence(method="PowerOff", by="nobody", at="", boot_id=node.status.boot_id)
-        return ledger.replace_struct(node, fence=fence)
+        return lines.replace_struct(node, fence=fence)
 
     return ledger.observe(domains, found, [fenced(node) for node in nodes], facts, leadership)
 

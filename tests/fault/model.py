@@ -38,7 +38,7 @@ from tests.fault.world import (
 )
 
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.ledger import Domain
+from tokenfactory.planning.power.lines import Domain
 
 X, Y = CLASSES
 Step = tuple[str, int, Callable[[World], Any]]

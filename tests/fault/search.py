@@ -33,7 +33,7 @@ from tests.fault.world import (
 )
 
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.ledger import Domain
+from tokenfactory.planning.power.lines import Domain
 
 CLASSES = ("ns/f/x@H100", "ns/f/y@H100")
 EPISODE_STEPS = 600

@@ -10,7 +10,7 @@ from tests.fault.search import CLASSES, Score, rest
 from tests.fault.world import HIGH, HOLD, LOW, OVERHEAD, Gpu, Kit, Machine, Pod, Site, Violation, W, World
 
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.ledger import Domain
+from tokenfactory.planning.power.lines import Domain
 
 X = CLASSES[0]
 

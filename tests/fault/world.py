@@ -26,7 +26,8 @@ from tokenfactory.api.gpu_node import (
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.planning.power import governor, grants, ledger, publish, sheets
 from tokenfactory.planning.power.governor import Allowance, GpuView, Memory, Sheet, View
-from tokenfactory.planning.power.ledger import Domain, Leadership, NodeFacts
+from tokenfactory.planning.power.ledger import Leadership
+from tokenfactory.planning.power.lines import Domain, NodeFacts
 
 W = 1000
 PRODUCT = "H100"

@@ -12,7 +12,7 @@ from tokenfactory.api.quantities import parse_power
 from tokenfactory.controller.plan.nodes import Place
 from tokenfactory.controller.plan.world import GpuHost, World
 from tokenfactory.planning.power import tree
-from tokenfactory.planning.power.ledger import Domain, NodeFacts
+from tokenfactory.planning.power.lines import Domain, NodeFacts
 
 UNKNOWN_OVERHEAD_MILLIWATTS = 3_200_000
 """An 8-GPU server besides its GPUs, at worst; used until a domain or an agent says better."""

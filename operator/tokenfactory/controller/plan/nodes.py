@@ -20,7 +20,8 @@ from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
 from tokenfactory.kube.objects import Node
 from tokenfactory.planning.power import grants
-from tokenfactory.planning.power.ledger import Ledger, NodeFacts
+from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.lines import NodeFacts
 
 Path = tuple[str, ...]
 

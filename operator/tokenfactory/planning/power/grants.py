@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, PodGrant
-from tokenfactory.planning.power.ledger import NodeFacts, is_fenced
+from tokenfactory.planning.power.lines import NodeFacts, is_fenced
 
 MOST_FORMER_PATHS = 4
 

@@ -16,7 +16,8 @@ from typing import Final, Literal
 from tokenfactory.api.cap_sheet import CapSheetSpec
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.ledger import UNBOUNDED, Ledger, Line, replace_struct
+from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.lines import UNBOUNDED, Line, replace_struct
 from tokenfactory.planning.power.sheets import allowances_of, caps_of, cut, first_sheet, successor
 
 LEAST_GAIN_MILLIWATTS: Final = 10_000

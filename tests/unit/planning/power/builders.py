@@ -16,7 +16,8 @@ from tokenfactory.api.gpu_node import (
 )
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.ledger import Domain, Leadership
+from tokenfactory.planning.power.ledger import Leadership
+from tokenfactory.planning.power.lines import Domain
 
 W = 1000
 PRODUCT = "H100"

@@ -6,7 +6,8 @@ import pytest
 from tests.unit.planning.power.builders import W, a_domain, a_leadership, a_node, a_sheet, a_target
 
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.ledger import Ledger, NodeFacts, observe
+from tokenfactory.planning.power.ledger import Ledger, observe
+from tokenfactory.planning.power.lines import NodeFacts
 from tokenfactory.planning.power.publish import plan_claims, plan_cuts, plan_sheets
 
 CHAT = "inference/chat/llama@H100"
