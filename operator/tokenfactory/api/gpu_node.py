@@ -233,6 +233,10 @@ class GPUNodeStatus(Api, frozen=True, kw_only=True):
     reported_at: Annotated[Timestamp, Meta(description="When this was written (RFC 3339).")] = ""
 
 
+_FENCED_BOOT: Final = "(has(self.spec.fence.bootID) ? self.spec.fence.bootID : '')"
+_LAST_BOOT: Final = "(has(self.status) && has(self.status.bootID) ? self.status.bootID : '')"
+
+
 class GPUNode(Resource, frozen=True, kw_only=True):
     """One GPU node: its path of power domains, which pods may use its GPUs, and what its agent reads back."""
 
@@ -251,6 +255,19 @@ class GPUNode(Resource, frozen=True, kw_only=True):
         Column(name="Driver", path=".status.driver", wide=True),
         Column(name="Reported", path=".status.reportedAt", type="date"),
         AGE,
+    )
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            # A fence that stands is left alone: the report of a later boot must not be refused for it.
+            rule="!has(self.spec) || !has(self.spec.fence)"
+            " || (has(oldSelf.spec) && has(oldSelf.spec.fence) && oldSelf.spec.fence == self.spec.fence)"
+            f" || {_FENCED_BOOT} == {_LAST_BOOT}",
+            message="a fence names the boot that it ended: write status.bootID into spec.fence.bootID",
+            advice=f"{_LAST_BOOT} == '' ? 'this node never reported a boot: leave spec.fence.bootID out'"
+            " : 'a fence that does not name the boot that it ended frees nothing: write spec.fence.bootID: '"
+            f" + {_LAST_BOOT}",
+            at=".spec.fence",
+        ),
     )
 
     spec: GPUNodeSpec = GPUNodeSpec()

@@ -10,7 +10,7 @@ from tokenfactory.api.cap_sheet import CapSheet, CapSheetSpec
 from tokenfactory.api.checkpoint import CheckpointSpec
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import Api, Resource
-from tokenfactory.kube.objects import Pod
+from tokenfactory.kube.objects import ObjectRef, Pod
 from tokenfactory.kube.resources import Key
 
 
@@ -118,7 +118,7 @@ class WriteStatus:
 class Tell:
     """An Event on an object."""
 
-    about: Resource
+    about: Resource | ObjectRef
     reason: str
     message: str
     type: Literal["Normal", "Warning"] = "Normal"

@@ -8,7 +8,9 @@ from typing import Final
 
 import msgspec
 
-from tokenfactory.controller.actions import Action, ChargeNode, OpenGate, Plan, PublishSheet, Retire
+from tokenfactory.api.meta import API_VERSION
+from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller.actions import Action, ChargeNode, OpenGate, Plan, PublishSheet, Retire, Tell
 from tokenfactory.controller.plan import bidding
 from tokenfactory.controller.plan.accounting import account
 from tokenfactory.controller.plan.books import Books
@@ -26,6 +28,8 @@ from tokenfactory.controller.plan.telling import domain_status, factory_status
 from tokenfactory.controller.plan.world import World, see
 from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
+from tokenfactory.kube.objects import ObjectRef
+from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Leadership, Ledger, observe
 from tokenfactory.planning.power.publish import SheetPlan, Targets, plan_cuts, plan_sheets
@@ -84,12 +88,16 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     unplaced = (*choice.unplaced, *granting.waiting)
     books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less)
     actions += _tell(books)
+    actions += _unread(snapshot.unread_factories, memory.unread)
     actions += retire(world, ledger)
     if unreadable:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
     plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
-    return Composed(plan, books, Memory(staffing.memory, energy, caps, less.memory, ledger))
+    remembered = Memory(
+        staffing.memory, energy, caps, less.memory, unread=snapshot.unread_factories, ledger=ledger
+    )
+    return Composed(plan, books, remembered)
 
 
 def _sheets(
@@ -161,6 +169,20 @@ def _tell(books: Books) -> list[Action]:
         actions += factory_status(books, recovered, factory)
         actions += recovered.actions
     return actions
+
+
+def _unread(now: Mapping[Key, str], told: Mapping[Key, str]) -> list[Action]:
+    """An Event on each factory that cannot be read: its status is as unreadable as its spec."""
+    return [
+        Tell(
+            ObjectRef(api_version=API_VERSION, kind=TokenFactory.KIND, namespace=key[0], name=key[1]),
+            "Unreadable",
+            f"its pods keep their places and charges, and no change of it is followed: {why}"[:1024],
+            "Warning",
+        )
+        for key, why in sorted(now.items())
+        if told.get(key) != why
+    ]
 
 
 def _again(world: World, grid: Grid, sheets: SheetPlan) -> float:

@@ -132,6 +132,7 @@ async def _lead(
     )
     observer.on_change(reconciler.changed)
     observer.stores[PowerDomain].on_change(cutter.domain_changed)
+    observer.sheets.on_change(lambda _: cutter.sheet_changed())
     renewer = Renewer(client, observer, leadership, election.guard(margin_seconds=2.0))
     collector = CheckpointCollector(observer, actor.writer)
     shell = KopfShell(

@@ -63,3 +63,8 @@ class Snapshot:
             for (kind, key), why in sorted(self.undecodable.items())
             if kind in _CHARGING
         )
+
+    @property
+    def unread_factories(self) -> Mapping[Key, str]:
+        """TokenFactories that are there and do not fit our type, and why: one of a newer version, perhaps."""
+        return {key: why for (kind, key), why in self.undecodable.items() if kind == TokenFactory.KIND}

@@ -60,8 +60,8 @@ class Asking:
         assert status == 201, answer
         return answer
 
-    def update(self, body: dict[str, Any]) -> tuple[int, Any]:
-        return self._cluster.request("PUT", self._path(body, "/" + body["metadata"]["name"]), body)
+    def update(self, body: dict[str, Any], part: str = "") -> tuple[int, Any]:
+        return self._cluster.request("PUT", self._path(body, "/" + body["metadata"]["name"] + part), body)
 
     def delete(self, body: dict[str, Any]) -> None:
         status, answer = self._cluster.request("DELETE", self._path(body, "/" + body["metadata"]["name"]))

@@ -78,6 +78,32 @@ def test_what_may_change_may_change(asking: Asking, stored: dict, of: str, updat
     assert status == 200, answer
 
 
+def test_a_fence_names_the_boot_that_it_ended(asking: Asking):
+    """Without it a fence frees nothing, and whoever wrote it would wait for watts that do not come."""
+    word = {"method": "Person", "by": "ada", "at": "2026-11-21T09:30:00Z"}
+    node = asking.create({**GOOD["node"], "metadata": {"name": "bad-node-2"}, "spec": {"path": ["bad-site"]}})
+    try:
+        status, answer = asking.would_update(changed(node, {"spec": {"fence": {**word, "bootID": "boot-1"}}}))
+        assert status == 422
+        assert "never reported a boot: leave spec.fence.bootID out" in answer["message"]
+        assert asking.would_update(changed(node, {"spec": {"fence": word}}))[0] == 200
+
+        _, node = asking.update(changed(node, {"status": {"bootID": "boot-1"}}), "/status")
+        for fence in (word, {**word, "bootID": "boot-0"}):
+            status, answer = asking.would_update(changed(node, {"spec": {"fence": fence}}))
+            assert status == 422
+            assert "write spec.fence.bootID: boot-1" in answer["message"]
+        status, node = asking.update(changed(node, {"spec": {"fence": {**word, "bootID": "boot-1"}}}))
+        assert status == 200, node
+
+        status, node = asking.update(changed(node, {"status": {"bootID": "boot-2"}}), "/status")
+        assert status == 200, "a later boot reports, fence or not"
+        assert asking.would_update(changed(node, {"spec": {"path": ["bad-site", "hall-a"]}}))[0] == 200
+        assert asking.would_update(changed(node, {"spec": {"fence": None}}))[0] == 200
+    finally:
+        asking.delete(node)
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_taken(asking: Asking, path: Path):
     for body in yaml.safe_load_all(path.read_text()):

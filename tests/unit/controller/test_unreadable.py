@@ -8,10 +8,15 @@ from tests.unit.controller.small_world import OPTIONS, SmallWorld
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.meta import Resource
+from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.compose import compose
+from tokenfactory.controller.objects import Deployment
 from tokenfactory.controller.plan.memory import Memory
-from tokenfactory.kube.objects import Node
+from tokenfactory.controller.snapshot import Snapshot
+from tokenfactory.kube.objects import Node, ObjectRef, Pod
+from tokenfactory.planning.power.sheets import caps_of
 
 HALL = """
 apiVersion: tokenfactory.dev/v1alpha1
@@ -56,3 +61,68 @@ def test_nothing_rises_while_something_cannot_be_read(kind: type[Resource], name
     assert [
         each for each in compose(whole, OPTIONS, Memory()).plan.actions if isinstance(each, act.ChargeNode)
     ]
+
+
+class NewerFactory(SmallWorld):
+    """A world whose only factory does not fit the operator's type."""
+
+    newer = False
+
+    def snapshot(self) -> Snapshot:
+        whole = super().snapshot()
+        if not self.newer:
+            return whole
+        key = ("inference", "chat")
+        rest = {each: held for each, held in whole.factories.items() if each != key}
+        undecodable = {
+            (TokenFactory.KIND, key): "Expected `int`, got `str` - at `$.spec.models[0].gpusPerReplica`"
+        }
+        return dataclasses.replace(whole, factories=rest, undecodable=undecodable)
+
+
+def test_a_factory_that_a_restarted_operator_cannot_read_keeps_its_pods_and_charges():
+    world = NewerFactory()
+    for number in range(3):
+        world.add_node(f"n{number}")
+    world.apply(HALL % "30kW")
+    world.settle()
+    pods = {pod.metadata.uid for pod in world.ready_pods()}
+    grants = {key: node.spec.pods for key, node in world.objects[GPUNode].items()}
+    caps = caps_of(world.objects[CapSheet]["", "hall"].spec)
+    world.newer = True
+    world.crash()
+    world.settle()
+    assert {key: node.spec.pods for key, node in world.objects[GPUNode].items()} == grants
+    assert {pod.metadata.uid for pod in world.ready_pods()} == pods
+    assert caps_of(world.objects[CapSheet]["", "hall"].spec) == caps
+    feasible = next(
+        c for c in world.objects[PowerDomain]["", "hall"].status.conditions if c.type == "Feasible"
+    )
+    assert (feasible.status, feasible.reason) == ("False", "FactoryUnreadable")
+    assert "gpusPerReplica" in feasible.message
+    told = [each for each in world.writes if isinstance(each, act.Tell) and isinstance(each.about, ObjectRef)]
+    assert [(each.about.name, each.reason) for each in told] == [("chat", "Unreadable")]
+    world.newer = False
+    world.settle()
+    assert {pod.metadata.uid for pod in world.ready_pods()} == pods
+    feasible = next(
+        c for c in world.objects[PowerDomain]["", "hall"].status.conditions if c.type == "Feasible"
+    )
+    assert feasible.status == "True"
+
+
+def test_a_pod_of_an_unreadable_factory_that_ends_gives_its_watts_back():
+    world = NewerFactory()
+    for number in range(3):
+        world.add_node(f"n{number}")
+    world.apply(HALL % "30kW")
+    world.settle()
+    world.newer = True
+    gone = world.ready_pods()[0]
+    del world.objects[Pod]["inference", gone.metadata.name]
+    world.objects[Deployment].clear()
+    world._deploy = lambda: None  # nobody replaces it
+    world.settle()
+    assert gone.metadata.uid not in {
+        grant.uid for node in world.objects[GPUNode].values() for grant in node.spec.pods
+    }

@@ -17,6 +17,7 @@ from tokenfactory.api.quantities import (
     parse_power_or_percent,
 )
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
+from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import budgets, catalogue
@@ -327,6 +328,12 @@ def _supply(
 
 def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
     found = find_model(world, label)
+    owner = names.class_owner(label)
+    if found is None and owner is not None and owner[:2] in world.snapshot.unread_factories:
+        # Nobody knows its band or its worth: it is taken for an ordinary one rather than for one on its way out.
+        return hull.to_class(
+            label, band=DEFAULT_BAND, value_per_token=1e-6, idle_milliwatts=_idle_milliwatts(label)
+        )
     if found is None:
         ours = label == names.idle_class(names.class_product(label))
         idle = _idle_milliwatts(label) if ours else hull.milliwatts[0]

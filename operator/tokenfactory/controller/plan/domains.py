@@ -44,6 +44,15 @@ def lay_out(world: World) -> Grid:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         message = f"nothing rises until this is repaired: {unreadable[0]}{more}"
         problems |= {name: ("Unreadable", message) for name, each in now.domains.items() if not each.parent}
+    if unread := world.snapshot.unread_factories:
+        (namespace, name), why = min(unread.items())
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        message = (
+            f"TokenFactory {namespace}/{name} cannot be read: its pods keep their places and charges, and no change of "
+            f"it is followed, until it is repaired or the operator is of its version: {why}{more}"
+        )
+        roots = (each.name for each in now.domains.values() if not each.parent)
+        problems = dict.fromkeys(roots, ("FactoryUnreadable", message)) | problems
     domains = {
         name: Domain(name, domain.parent, domain.usable_milliwatts, domain.hold_milliseconds)
         for name, domain in now.domains.items()

@@ -37,5 +37,7 @@ class Memory:
     caps: Mapping[tuple[str, str], Held] = field(default_factory=dict)
     """By (domain, class)."""
     shedding: Shedding = field(default_factory=Shedding)
+    unread: Mapping[Key, str] = field(default_factory=dict)
+    """Factories that could not be read, and why, as people were told."""
     ledger: Ledger | None = None
     """Of the last round: what has not changed since is not worked out again."""

@@ -17,7 +17,7 @@ from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, PodGrant
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.controller.actions import Action, ChargeNode, TaintNode
 from tokenfactory.controller.plan.status import rfc3339
-from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.controller.plan.world import GpuHost, Replica, World, has_finished
 from tokenfactory.kube.objects import Node
 from tokenfactory.planning.power import grants
 from tokenfactory.planning.power.ledger import Ledger
@@ -200,9 +200,10 @@ def _deleted_means_off(world: World, path: Path) -> bool:
 def _renewed(world: World, node: GPUNode, grant: PodGrant) -> GPUNodeSpec:
     """With this grant as it should be now: its address known, or on its way out."""
     replica = world.by_uid.get(grant.uid)
-    if replica is None or replica.finished or replica.node not in {"", node.metadata.name}:
+    pod = replica.pod if replica is not None else world.kept.get(grant.uid)
+    if pod is None or has_finished(pod) or pod.spec.node_name not in {"", node.metadata.name}:
         return grants.released(node, grant.uid)
-    address = replica.pod.status.pod_ip
+    address = pod.status.pod_ip
     metrics = f"http://{address}:{names.NIM_PORT}/v1/metrics" if address else grant.metrics
     if grant.released or grant.metrics == metrics:
         return node.spec

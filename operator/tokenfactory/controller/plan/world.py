@@ -19,6 +19,10 @@ DEFAULT_DETECT_SECONDS = 15.0
 _FINISHED = frozenset({"Succeeded", "Failed"})
 
 
+def has_finished(pod: Pod) -> bool:
+    return pod.status.phase in _FINISHED
+
+
 @dataclass(frozen=True)
 class Replica:
     """A pod of a model of a factory."""
@@ -49,7 +53,7 @@ class Replica:
 
     @property
     def finished(self) -> bool:
-        return self.pod.status.phase in _FINISHED
+        return has_finished(self.pod)
 
     @property
     def ready(self) -> bool:
@@ -129,6 +133,8 @@ class World:
     hosts: Mapping[str, GpuHost]
     foreign: Mapping[str, tuple[Pod, ...]] = field(default_factory=dict)
     """By node: pods with GPUs that belong to no factory."""
+    kept: Mapping[str, Pod] = field(default_factory=dict)
+    """By UID: pods of factories that cannot be read. Nobody knows what they should be, so they stay as they are."""
 
     @cached_property
     def by_uid(self) -> Mapping[str, Replica]:
@@ -238,10 +244,14 @@ def see(snapshot: Snapshot) -> World:
     foreign: dict[str, list[Pod]] = {}
     # Pods of a factory or model that was deleted drain under the grants that they have: they are no strangers.
     charged = {grant.uid for node in snapshot.gpu_nodes.values() for grant in node.spec.pods}
+    unread = snapshot.unread_factories
+    kept: dict[str, Pod] = {}
     for pod in snapshot.pods.values():
         owner = _owner(pod, snapshot.factories)
         if owner is not None:
             replicas.append(Replica(pod, *owner))
+        elif unread and _factory_key(pod) in unread and pod.metadata.uid in charged:
+            kept[pod.metadata.uid or ""] = pod
         elif pod.metadata.uid in charged:
             continue
         elif pod.spec.node_name and pod.status.phase not in _FINISHED and _asks_gpus(pod):
@@ -256,15 +266,19 @@ def see(snapshot: Snapshot) -> World:
         for name in sorted(_gpu_node_names(snapshot))
     }
     replicas.sort(key=lambda replica: (replica.pod.metadata.namespace or "", replica.name))
-    return World(snapshot, tuple(replicas), hosts, {name: tuple(pods) for name, pods in foreign.items()})
+    strangers = {name: tuple(pods) for name, pods in foreign.items()}
+    return World(snapshot, tuple(replicas), hosts, strangers, kept)
+
+
+def _factory_key(pod: Pod) -> Key:
+    return (pod.metadata.namespace or "", pod.metadata.labels.get(names.FACTORY_LABEL, ""))
 
 
 def _owner(pod: Pod, factories: Mapping[Key, TokenFactory]) -> tuple[TokenFactory, ModelSpec] | None:
-    labels = pod.metadata.labels
-    factory = factories.get((pod.metadata.namespace or "", labels.get(names.FACTORY_LABEL, "")))
+    factory = factories.get(_factory_key(pod))
     if factory is None:
         return None
-    wanted = labels.get(names.MODEL_LABEL)
+    wanted = pod.metadata.labels.get(names.MODEL_LABEL)
     return next(((factory, model) for model in factory.spec.models if model.name == wanted), None)
 
 
