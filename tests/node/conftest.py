@@ -14,7 +14,7 @@ from tests.node import machine, nvidia_runtime
 from tests.node.device_plugin import DevicePlugin
 from tests.node.image import REPOSITORY, Images
 from tests.node.real_node import RealNode
-from tests.node.world import NAMESPACE, World
+from tests.node.world import NAMESPACE, World, nobody
 from tests.waiting import wait_for
 
 from tokenfactory.kube.client import Client
@@ -74,6 +74,8 @@ def plugin(real_node: RealNode, hardware: SimulatedNode) -> Iterator[DevicePlugi
 @pytest.fixture
 async def world(real_node: RealNode, hardware: SimulatedNode, plugin: DevicePlugin) -> AsyncIterator[World]:
     """GPUs as after a reboot, sheets of this test's own, no pod and no agent yet."""
+    # A pod of an earlier test would be a stranger, and a stranger's GPUs are left as they are.
+    await nobody(real_node)
     hardware.reboot()
     async with await Client.connect(real_node.cluster.kubeconfig) as client:
         one = World(real_node, hardware, SheetDesk(client, f"site-{next(_numbers)}"))

@@ -16,7 +16,7 @@ from tokenfactory.twin import toolchain
 pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
 
 RELEASE = "tokenfactory"
-FACTORY = """
+DOMAIN = """
 apiVersion: tokenfactory.dev/v1alpha1
 kind: PowerDomain
 metadata: {name: room}
@@ -24,7 +24,8 @@ spec:
   limit: 3kW
   nodeOverhead: 800W
   nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}
----
+"""
+FACTORY = """
 apiVersion: v1
 kind: Namespace
 metadata: {name: tokens}
@@ -36,8 +37,7 @@ spec:
   power: {domain: room}
   models:
   - name: llama-8b
-    # The simulated library keeps its state in a file that only root may change.
-    nim: {image: MODEL, runAsRoot: true}
+    nim: {image: MODEL}
     gpusPerReplica: 2
     replicas: {min: 1, max: 1}
 """.replace("MODEL", MODEL)
@@ -108,15 +108,17 @@ def installed(real_node, hardware, plugin) -> Iterator[Installed]:
     finally:
         told = kubectl("get", "tokenfactories,powerdomains,gpunodes,pods", "-A", "-o", "wide", check=False)
         sys.stderr.write(told.stdout)
-        kubectl("delete", "-f", "-", "--ignore-not-found", "--timeout=60s", input=FACTORY, check=False)
+        # The models first, and waited for: the next test's agent would find strangers on its GPUs.
+        kubectl("delete", "-f", "-", "--ignore-not-found", "--timeout=60s", input=FACTORY)
         kubectl("label", "node", real_node.name, "nvidia.com/gpu.present-")
         release.uninstall()
         kubectl("taint", "node", real_node.name, "tokenfactory.dev/managed-", check=False)
         kubectl("delete", "gpunodes,capsheets", "--all")
+        kubectl("delete", "-f", "-", "--ignore-not-found", "--timeout=60s", input=DOMAIN)
 
 
 def test_from_helm_install_to_tokens_within_the_limit(installed, real_node, hardware):
-    installed.kubectl("apply", "-f", "-", input=FACTORY)
+    installed.kubectl("apply", "-f", "-", input=f"{DOMAIN}---{FACTORY}")
     wait_for(
         lambda: installed.models() and installed.models()[0]["status"]["phase"] == "Running", "a model", 120
     )
@@ -131,6 +133,11 @@ def test_from_helm_install_to_tokens_within_the_limit(installed, real_node, hard
     caps = {gpu["uuid"]: gpu["capMilliwatts"] for gpu in status["gpus"] if gpu.get("podUID") == pod["uid"]}
     assert set(json.loads(log)) == set(caps)
     assert len(caps) == 2
+    users = {
+        line.split()[0] for line in real_node.run("ps", "-eo", "uid,args").splitlines() if "/model.py" in line
+    }
+    assert users, "the model runs as a process of the node"
+    assert "0" not in users, "a model is no root unless its factory says so"
     assert OVERHEAD_WATTS + sum(gpu.get("default_mw") for gpu in hardware.gpus) / 1000 > LIMIT_WATTS
     assert OVERHEAD_WATTS + sum(gpu.enforced_watts for gpu in hardware.gpus) <= LIMIT_WATTS
 

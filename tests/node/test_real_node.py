@@ -22,7 +22,7 @@ def test_the_node_offers_the_librarys_gpus_and_only_the_healthy(real_node, hardw
 async def test_a_pod_waits_until_its_own_gpus_are_capped_and_then_starts(world):
     world.start_agent()
     await world.capped()
-    await world.limited(dict.fromkeys(world.limits(), IDLE_CAP))
+    assert set(world.limits().values()) == {IDLE_CAP}
     world.run_pod("chat", 2)
     await world.waiting("chat", "NotGranted")
     await world.grant("chat", 2)

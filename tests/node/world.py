@@ -80,9 +80,7 @@ class World:
         if self._agent_runs:
             self.stop_agent(signal.SIGKILL)
         kubectl("delete", "gpunode", self.node.name, "--ignore-not-found")
-        await until(
-            lambda: not self.node.run("sh", "-c", PODS_CTR).strip(), "the node to have ended every pod"
-        )
+        await nobody(self.node)
 
     # --- sheets
 
@@ -191,6 +189,15 @@ class World:
 
     async def delete(self, name: str) -> None:
         await asyncio.to_thread(self.node.cluster.kubectl, "delete", "pod", name, "-n", "inference")
+
+
+async def nobody(node: RealNode) -> None:
+    """Every pod has ended, in containerd and so for the kubelet's PodResources."""
+
+    def left() -> str:
+        return node.run("sh", "-c", PODS_CTR).strip()
+
+    await until(lambda: not left(), "the node to have ended every pod")
 
 
 PODS_CTR = "ctr --address=/run/containerd/containerd.sock --namespace=k8s.io tasks list --quiet"

@@ -171,6 +171,8 @@ class SimulatedNode:
             _furnish(state.gpus[index], product_named(product), index, seed=str(folder))
         scratch = folder / "state.new"
         scratch.write_bytes(bytes(state))
+        # As /dev/nvidia* are: who may set a limit is the library's to decide, not the file's.
+        scratch.chmod(0o666)
         scratch.replace(folder / "state")
         (folder / "boot_id").write_text(f"{uuid.uuid4()}\n")
         node = cls(folder, library)
