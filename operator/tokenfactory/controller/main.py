@@ -131,6 +131,7 @@ async def _lead(
         caught_up=lambda: observer.reached(actor.written),
     )
     observer.on_change(reconciler.changed)
+    observer.on_report(reconciler.reported)
     observer.stores[PowerDomain].on_change(cutter.domain_changed)
     observer.sheets.on_change(lambda _: cutter.sheet_changed())
     renewer = Renewer(client, observer, leadership, election.guard(margin_seconds=2.0))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from tokenfactory.api import names
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.checkpoint import Checkpoint
@@ -21,7 +23,7 @@ from tokenfactory.controller.shell import WATCHED
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.store import Store
 from tokenfactory.controller.unsettled import Unsettled
-from tokenfactory.kube.cache import Cache
+from tokenfactory.kube.cache import Cache, Change
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.errors import ApiError, UnreachableError
 from tokenfactory.kube.lease import Heartbeats
@@ -33,12 +35,31 @@ from tokenfactory.kube.times import boot_seconds
 log = logging.getLogger(__name__)
 
 
+def is_report(change: Change[Any]) -> bool:
+    """Does it tell measured figures alone? What charges, caps and pods are made from is as it was."""
+    old, new = change.old, change.new
+    if old is None or new is None or old.metadata.uid != new.metadata.uid:
+        return False
+    return bool(_meaning(old) == _meaning(new))
+
+
+def _meaning(obj: Resource) -> Resource:
+    meta = msgspec.structs.replace(obj.metadata, resource_version=None)
+    if not isinstance(obj, GPUNode):
+        return msgspec.structs.replace(obj, metadata=meta)
+    status = msgspec.structs.replace(
+        obj.status, meters=(), draw_milliwatts=0, overhead_milliwatts=0, reported_at=""
+    )
+    return msgspec.structs.replace(obj, metadata=meta, status=status)
+
+
 class Observer:
     """Holds what is seen. `ready` returns once every first list is complete."""
 
     def __init__(self, client: Client, namespace: str) -> None:
         self._client = client
         self._listeners: list[Callable[[], None]] = []
+        self._report_listeners: list[Callable[[], None]] = []
         self.stores: dict[type[Resource], Store[Any]] = {kind: Store(kind) for kind in WATCHED}
         self.sheets = Cache(client, CapSheet)
         self.gpu_nodes = Cache(client, GPUNode)
@@ -61,7 +82,7 @@ class Observer:
         )
         self._listed = asyncio.Event()
         for cache in self._caches:
-            cache.on_change(lambda _: self._changed())
+            cache.on_change(self._noticed)
         for store in self.stores.values():
             store.on_change(self._changed)
 
@@ -72,6 +93,17 @@ class Observer:
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+    def on_report(self, listener: Callable[[], None]) -> None:
+        """Call `listener` for what is only measured anew: thousands of nodes each say so twice a minute."""
+        self._report_listeners.append(listener)
+
+    def _noticed(self, change: Change[Any]) -> None:
+        if is_report(change):
+            for listener in self._report_listeners:
+                listener()
+        else:
+            self._changed()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -92,7 +124,7 @@ class Observer:
                 continue
             break
         cache = Cache(self._client, LeaderWorkerSet, label_selector=names.FACTORY_LABEL)
-        cache.on_change(lambda _: self._changed())
+        cache.on_change(self._noticed)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(cache.run())
             await cache.synced()

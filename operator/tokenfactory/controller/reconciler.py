@@ -1,8 +1,9 @@
 """The one loop: something changed → observe → plan → act.
 
 Any number of changes between two rounds become one. A short pause lets a burst (a hundred agents acknowledging one
-sheet) gather; a lowered limit does not wait for it. `progress` says when a round last ended, which is what liveness
-means here.
+sheet) gather; a lowered limit does not wait for it. Figures that are only measured anew gather longer: of 5,000 nodes
+some report at every moment, and a round for each would be a core that never rests. `progress` says when a round last
+ended, which is what liveness means here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Reconciler:
         generation: Callable[[], int] = lambda: 0,
         caught_up: Callable[[], Awaitable[bool]] = _at_once,
         gather_seconds: float = 0.05,
+        report_seconds: float = 1.0,
         retry_seconds: float = 1.0,
     ) -> None:
         self._observe = observe
@@ -47,6 +49,8 @@ class Reconciler:
         self._generation = generation
         self._caught_up = caught_up
         self._gather = gather_seconds
+        self._report = report_seconds
+        self._reports: asyncio.TimerHandle | None = None
         self._retry = retry_seconds
         self._dirty = asyncio.Event()
         self.rounds = 0
@@ -55,6 +59,11 @@ class Reconciler:
 
     def changed(self) -> None:
         self._dirty.set()
+
+    def reported(self) -> None:
+        """Figures were measured anew: soon enough, and with the others of their kind."""
+        if self._reports is None:
+            self._reports = asyncio.get_running_loop().call_later(self._report, self._dirty.set)
 
     async def run(self) -> None:
         self._dirty.set()
@@ -67,6 +76,9 @@ class Reconciler:
             else:
                 await asyncio.sleep(self._gather)
             self._dirty.clear()
+            if self._reports is not None:
+                self._reports.cancel()
+                self._reports = None
             started = time.monotonic()
             # A raise that one cache does not show yet would leave its watts free for a grant, and the reverse.
             caught_up = await self._caught_up()
