@@ -23,6 +23,18 @@ GOOD = [
     ),
     ("monitoring.rules=None",),
     ("leaderWorkerSets.enabled=true",),
+    ("agent.nodePower.source=Hwmon",),
+    ("agent.nodePower.source=Hwmon", "agent.nodePower.from=/sys/class/hwmon/hwmon3/power1_average"),
+    (
+        "agent.nodePower.source=Redfish",
+        "agent.nodePower.from=http://169.254.3.254/redfish/v1/Chassis/1/Power",
+    ),
+    (
+        "agent.nodePower.source=Redfish",
+        "agent.nodePower.from=https://{node}-bmc.example/redfish/v1/Chassis/1/EnvironmentMetrics",
+        "agent.nodePower.secret=bmc",
+        "agent.nodePower.verify=false",
+    ),
     ("image.digest=sha256:" + "0" * 64, 'imagePullSecrets=[{"name":"registry"}]'),
     (
         'operator.tolerations=[{"operator":"Exists"}]',
@@ -46,6 +58,10 @@ BAD = [
     ("agent.podResources=var/lib", "pattern"),
     ('agent.maxUnavailable="0%"', "pattern"),
     ("agent.enabled=sometimes", "enabled"),
+    ("agent.nodePower.source=IPMI", "source"),
+    ("agent.nodePower.source=Redfish", "from"),
+    ("agent.nodePower.from=hwmon3", "from"),
+    ("agent.nodePower.secret=BMC Secret", "secret"),
     ('agent.nodeSelector={"gpu":true}', "gpu"),
     ("monitoring.rules=Always", "rules"),
     ("monitoring.runbookUrl=runbooks", "runbookUrl"),
@@ -94,12 +110,38 @@ def test_what_the_workloads_are_started_with_is_what_the_commands_know(render):
     from tokenfactory.cli.main import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for values in ((), ("operator.taintNodes=false",)):
+    redfish = (
+        "agent.nodePower.source=Redfish",
+        "agent.nodePower.from=https://b/x",
+        "agent.nodePower.secret=bmc",
+        "agent.nodePower.verify=false",
+    )
+    for values in ((), ("operator.taintNodes=false",), redfish):
         objects = render(*values)
         for kind in ("Deployment", "DaemonSet"):
             name, *options = one(objects, kind)["spec"]["template"]["spec"]["containers"][0]["args"]
             known = {text for it in commands[name].params for text in (*it.opts, *it.secondary_opts)}
             assert {option.split("=")[0] for option in options} <= known
+
+
+def test_the_bmcs_secret_is_mounted_where_the_agent_looks_for_it(render):
+    def agent(*values: str) -> dict:
+        return one(render(*values), "DaemonSet")["spec"]["template"]["spec"]
+
+    assert "node-power" not in str(agent())
+    pod = agent(
+        "agent.nodePower.source=Redfish",
+        "agent.nodePower.from=https://b/{node}",
+        "agent.nodePower.secret=bmc",
+    )
+    args, mounts = pod["containers"][0]["args"], pod["containers"][0]["volumeMounts"]
+    assert args[-3:] == [
+        "--node-power=redfish",
+        "--node-power-from=https://b/{node}",
+        "--node-power-credentials=/bmc",
+    ]
+    assert {"name": "bmc", "mountPath": "/bmc", "readOnly": True} in mounts
+    assert {"name": "bmc", "secret": {"secretName": "bmc", "defaultMode": 0o400}} in pod["volumes"]
 
 
 def test_the_heartbeats_name_in_the_policy_is_the_one_that_agents_use(render):

@@ -15,8 +15,9 @@ from typing import Any
 
 from tokenfactory.agent.exposition import Reading as MetricsReading
 from tokenfactory.agent.faults import Faults
-from tokenfactory.agent.guard import Measured, watch
+from tokenfactory.agent.guarding import GpuGuard, NodeGuard
 from tokenfactory.agent.nim import Meter
+from tokenfactory.agent.nodepower import PowerMeter
 from tokenfactory.agent.nvml import Failure, FailureKind, Gpu, Nvml, Reading, RecoveryChanged
 from tokenfactory.agent.obey import ShortPath
 from tokenfactory.agent.pace import Pace
@@ -55,6 +56,7 @@ class Agent:
         sheets: SheetSource,
         writer: StatusWriter,
         scrape: Callable[[str], Awaitable[MetricsReading]] | None = None,
+        node_meter: PowerMeter | None = None,
         clock: Clock | None = None,
         pace: Pace | None = None,
     ) -> None:
@@ -75,6 +77,9 @@ class Agent:
         self._pods = pods
         self._nodes = nodes
         self.reporter = Reporter(writer, self.clock)
+        self._gpu_guard = GpuGuard(self.state, self.enforcer, self.clock, self.wake)
+        self._node_meter = node_meter
+        self.state.metered = node_meter is not None
         self._wake = asyncio.Event()
         self._reopen = asyncio.Event()
         self._pods_asked = asyncio.Event()
@@ -95,14 +100,28 @@ class Agent:
         parts: dict[str, tuple[Part, float]] = {
             "obey": (self._obey, self.pace.tick),
             "driver": (self._keep_open, 0.0),
-            "observe": (self._every(self.pace.observe, self._observe), self.pace.observe),
+            "observe": (self._every(self.pace.observe, self._observe, "observe"), self.pace.observe),
             "pods": (self._follow_pods, self.pace.pods),
             "report": (self._report, self.pace.report),
-            "wear": (self._every(self.pace.wear, self._look_at_wear), self.pace.wear),
+            "wear": (self._every(self.pace.wear, self._look_at_wear, "wear"), self.pace.wear),
             "events": (self._follow_events, 0.0),
         }
         if self.meter is not None:
-            parts["meter"] = (self._every(self.pace.meter, self._meter), self.pace.meter)
+            parts["meter"] = (self._every(self.pace.meter, self._meter, "meter"), self.pace.meter)
+        if self._node_meter is not None:
+            node = NodeGuard(
+                self._node_meter,
+                self.state,
+                self.enforcer,
+                self._nvml,
+                self._gpu_guard,
+                self.clock,
+                self.wake,
+            )
+            parts["node_power"] = (
+                self._every(self.pace.node_power, node.round, "node_power"),
+                self.pace.node_power,
+            )
         try:
             async with asyncio.TaskGroup() as tasks:
                 for part, (loop, every) in parts.items():
@@ -113,6 +132,8 @@ class Agent:
             self._path.abandon()
             await self.reporter.last_words()
             await self._nvml.close()
+            if self._node_meter is not None:
+                await self._node_meter.close()
 
     # --- obeying
 
@@ -197,30 +218,7 @@ class Agent:
     async def _observe(self) -> None:
         """What every GPU draws and enforces now: a limit that was reset and a cap that does not bind are found here."""
         await asyncio.gather(*(self._observe_one(gpu.uuid) for gpu in self.state.gpus))
-        state = self.state
-        measured = {}
-        for gpu, reading in state.readings.items():
-            enforced, held = self.enforcer.enforced(gpu), self.enforcer.held.get(gpu)
-            if reading.power_milliwatts is not None and enforced is not None and held is not None:
-                least = held.limits.min_milliwatts if held.limits else 0
-                measured[gpu] = Measured(reading.power_milliwatts, enforced, least, held.since)
-        now = self.clock.monotonic()
-        guard = watch(state.guard, measured, now)
-        for gpu, watched in guard.items():
-            before = state.guard[gpu].withheld_milliwatts if gpu in state.guard else 0
-            if watched.withheld_milliwatts != before:
-                self._tell_guard(gpu, watched.withheld_milliwatts)
-        state.guard = guard
-
-    def _tell_guard(self, gpu: str, withheld: int) -> None:
-        text = None
-        if withheld:
-            text = f"draws more than its cap allows; {withheld} mW are withheld from the cap"
-            log.warning(
-                "guard withholds power", extra={"node": self.state.name, "gpu": gpu, "milliwatts": withheld}
-            )
-        self.state.faults.take_guard(gpu, text)
-        self.wake()
+        self._gpu_guard.look()
 
     async def _observe_one(self, gpu: str) -> None:
         held = self.enforcer.held.get(gpu)
@@ -344,10 +342,8 @@ class Agent:
             await self.reporter.round(self._nodes.node, self.status, self.pace.report)
             self.progress.beat("report")
 
-    def _every(self, seconds: float, work: Part) -> Part:
+    def _every(self, seconds: float, work: Part, name: str) -> Part:
         """A part that does its work, then waits; one failure of it is written down and does not end the agent."""
-        part = work.__name__.removeprefix("_")
-        name = {"look_at_wear": "wear"}.get(part, part)
 
         async def loop() -> None:
             while True:

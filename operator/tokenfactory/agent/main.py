@@ -20,6 +20,7 @@ import msgspec
 from tokenfactory.agent.live import LiveNode, LivePods, LiveSheets, LiveWriter
 from tokenfactory.agent.loop import Agent
 from tokenfactory.agent.nim import Scraper
+from tokenfactory.agent.nodepower import Source, meter_of
 from tokenfactory.agent.nvml_pynvml import BOOT_ID, PynvmlDriver
 from tokenfactory.agent.pace import Pace
 from tokenfactory.agent.startgate import StartGate
@@ -55,6 +56,13 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     metering: bool = True
     scrape_loopback: bool = False
     """Read model servers on loopback: for tests and demos."""
+    node_power: Source = ""
+    """What measures the whole node: the kernel's hwmon, the BMC's Redfish, or nothing."""
+    node_power_from: str = ""
+    """hwmon: a file, or the folder to search. redfish: the resource's URL; `{node}` is the node's name."""
+    node_power_credentials: str = ""
+    """A folder with username and password, and ca.crt if the BMC's certificate is of an authority of its own."""
+    node_power_verify: bool = True
     pace: dict[str, float] = {}
     """Overrides of `Pace`, by name."""
     ports_file: str = ""
@@ -67,6 +75,13 @@ async def run(options: AgentOptions) -> None:
     pods = LivePods(options.pod_resources)
     scraper = Scraper(allow_loopback=options.scrape_loopback) if options.metering else None
     kubeconfig = Path(options.kubeconfig) if options.kubeconfig else None
+    node_meter = meter_of(
+        options.node_power,
+        options.node_power_from,
+        credentials=options.node_power_credentials,
+        verify=options.node_power_verify,
+        node=options.node,
+    )
     try:
         async with (
             await Client.connect(kubeconfig, user_agent="tokenfactory-agent") as client,
@@ -81,6 +96,7 @@ async def run(options: AgentOptions) -> None:
                 sheets=LiveSheets(client, tasks),
                 writer=LiveWriter(client),
                 scrape=scraper.scrape if scraper else None,
+                node_meter=node_meter,
                 pace=Pace(**options.pace),
             )
             await _serve(agent, options, lambda: node.cache.is_synced)

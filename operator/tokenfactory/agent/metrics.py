@@ -176,6 +176,14 @@ class AgentCollector:
             ),
             "late_parts": ("Parts of the agent that make no progress.", float(len(agent.progress.late()))),
         }
+        power = state.node_power
+        if power.draw_milliwatts is not None:
+            gauges["node_power_watts"] = ("What the node's own meter says.", power.draw_milliwatts / 1000)
+        if state.metered:
+            gauges["node_overhead_watts"] = (
+                "Learned: what the node draws besides its GPUs at most; 0 until enough was seen.",
+                power.overhead_milliwatts / 1000,
+            )
         for name, (text, value) in gauges.items():
             family = GaugeMetricFamily(f"tokenfactory_agent_{name}", text)
             family.add_metric([], value)
@@ -187,6 +195,8 @@ class AgentCollector:
                 "Limits found above what was set, and set again.",
                 agent.enforcer.resets_found,
             ),
+            "node_power_cuts": ("Times that the node drew too much and its caps were lowered.", power.cuts),
+            "node_meter_failures": ("Readings of the node's meter that failed.", power.failures),
             "reports": ("Statuses written.", agent.reporter.writes),
             "failed_reports": ("Statuses that could not be written.", agent.reporter.failures),
         }

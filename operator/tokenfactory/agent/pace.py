@@ -16,6 +16,7 @@ class Pace:
     observe: float = 5.0
     pods: float = 5.0
     meter: float = 15.0
+    node_power: float = 10.0
     wear: float = 60.0
     inventory: float = 300.0
     report: float = 30.0

@@ -104,9 +104,7 @@ def still(status: GPUNodeStatus) -> GPUNodeStatus:
     conditions = tuple(
         replace(it, last_transition_time="", observed_generation=0) for it in status.conditions
     )
-    return replace(
-        status, conditions=conditions, draw_milliwatts=0, overhead_milliwatts=0, meters=(), reported_at=""
-    )
+    return replace(status, conditions=conditions, draw_milliwatts=0, meters=(), reported_at="")
 
 
 def kept_times(before: Iterable[Condition], now: Iterable[Condition]) -> tuple[Condition, ...]:
@@ -148,9 +146,17 @@ def status_of(
         gpu_count=sum(enforcer.enforced(gpu.uuid) is not None for gpu in state.gpus),
         enforced_milliwatts=sum(gpu.enforced_milliwatts for gpu in gpus),
         draw_milliwatts=sum(draws),
+        overhead_milliwatts=_overhead(state),
         meters=tuple(account.report(now) for account in meter.accounts.values()) if meter else (),
         reported_at=wall,
     )
+
+
+def _overhead(state: AgentState) -> int:
+    """It never falls: what an earlier agent of this node has learned stands until its meter is taken out of use."""
+    if not state.metered or state.node is None:
+        return 0
+    return state.node_power.overhead_milliwatts or state.node.status.overhead_milliwatts
 
 
 def _gpu(state: AgentState, enforcer: Enforcer, gpu: Gpu) -> GPUStatus:
@@ -198,6 +204,7 @@ def _conditions(
         _healthy(state, say),
         say("PodsKnown", state.pods is not None and not state.pods_problem, *_pods(state)),
         *((_metered(meter, say),) if meter else ()),
+        *((_node_power(state, say),) if state.metered else ()),
     )
 
 
@@ -254,3 +261,12 @@ def _pods(state: AgentState) -> tuple[str, str]:
 def _metered(meter: Meter, say: Say) -> Condition:
     problems = [f"{pod}: {problem}" for pod, problem in sorted(meter.problems.items())]
     return say("Metered", not problems, "Unreadable" if problems else "Read", "; ".join(problems))
+
+
+def _node_power(state: AgentState, say: Say) -> Condition:
+    power = state.node_power
+    if power.above:
+        return say("NodePower", False, "AboveCharge", power.above)
+    if power.problem:
+        return say("NodePower", None, "Unreadable", power.problem)
+    return say("NodePower", True, "WithinCharge")

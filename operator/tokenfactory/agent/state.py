@@ -14,6 +14,21 @@ from tokenfactory.planning.power.governor import Decision, Memory, Readback
 
 
 @dataclass
+class NodePower:
+    """What the node's own meter told."""
+
+    draw_milliwatts: int | None = None
+    """None: not read, or not to be believed."""
+    problem: str = "its meter was not read yet"
+    overhead_milliwatts: int = 0
+    """Besides its GPUs, at most, with a margin; 0 until enough was seen."""
+    above: str = ""
+    """Why the guard has cut this node's caps."""
+    cuts: int = 0
+    failures: int = 0
+
+
+@dataclass
 class AgentState:
     """Mutable, and only the loop mutates it."""
 
@@ -33,5 +48,8 @@ class AgentState:
     readback: Readback | None = None
     observed_generation: int = 0
     guard: Guard = field(default_factory=dict)
+    node_power: NodePower = field(default_factory=NodePower)
+    metered: bool = False
+    """The node has a meter of its own, which is read."""
     open_failure: Failure | None = None
     steps: int = 0

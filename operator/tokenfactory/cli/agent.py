@@ -44,6 +44,23 @@ def agent(
     scrape_loopback: Annotated[
         bool, typer.Option(help="Read model servers on loopback as well: for tests and demos.")
     ] = False,
+    node_power: Annotated[
+        str,
+        typer.Option(
+            help="What measures the whole node: hwmon (the kernel's ACPI meter), redfish (the BMC)."
+        ),
+    ] = "",
+    node_power_from: Annotated[
+        str,
+        typer.Option(
+            help="hwmon: the meter's file, if there are several. redfish: the URL of the chassis' power resource;"
+            " {node} in it is the node's name."
+        ),
+    ] = "",
+    node_power_credentials: Annotated[
+        str, typer.Option(help="redfish: a folder with username, password and, if needed, ca.crt.")
+    ] = "",
+    node_power_verify: Annotated[bool, typer.Option(help="redfish: check the BMC's certificate.")] = True,
     pace: Annotated[
         list[str] | None,
         typer.Option(help="How often something is done, as part=seconds; may be given again."),
@@ -54,6 +71,12 @@ def agent(
     """Obey the cap sheets on this node, until told to stop; caps stay in place."""
     import msgspec
 
+    from tokenfactory.agent.nodepower import meter_of
+
+    try:
+        meter_of(node_power, node_power_from, credentials=node_power_credentials)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     options = {
         "node": node,
         "namespace": namespace,
@@ -66,6 +89,10 @@ def agent(
         "heartbeat_seconds": heartbeat_seconds,
         "metering": metering,
         "scrape_loopback": scrape_loopback,
+        "node_power": node_power,
+        "node_power_from": node_power_from,
+        "node_power_credentials": node_power_credentials,
+        "node_power_verify": node_power_verify,
         "pace": _paces(pace or []),
         "ports_file": ports_file,
         "log_level": log_level.upper(),

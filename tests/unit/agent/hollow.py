@@ -12,6 +12,7 @@ import msgspec
 from tests.unit.agent.virtual import VirtualClock
 
 from tokenfactory.agent.loop import Agent
+from tokenfactory.agent.nodepower import MeterError
 from tokenfactory.agent.nvml import (
     Driver,
     Event,
@@ -188,6 +189,29 @@ class HollowKubelet:
         return self.pods
 
 
+class HollowMeter:
+    """A node's meter that measures what its GPUs and the rest of it draw."""
+
+    def __init__(self, nvml: HollowNvml, rest: int) -> None:
+        self.nvml = nvml
+        self.rest = rest
+        self.says: int | None = None
+        self.problem = ""
+        self.asked = 0
+        self.closed = False
+
+    async def read(self) -> int:
+        self.asked += 1
+        await asyncio.sleep(0.5)
+        if self.problem:
+            raise MeterError(self.problem)
+        draws = sum(gpu.draw(gpu) for gpu in self.nvml.gpus.values())
+        return draws + self.rest if self.says is None else self.says
+
+    async def close(self) -> None:
+        self.closed = True
+
+
 class HollowApi:
     """The API server as one agent sees it; `cut` takes it away."""
 
@@ -314,11 +338,14 @@ class Node:
     gpus: int = 8
     pace: Pace = field(default_factory=Pace)
     name: str = "node-1"
+    rest: int | None = None
+    """What the node draws besides its GPUs, where a meter measures it."""
 
     def __post_init__(self) -> None:
         self.nvml = HollowNvml(self.gpus)
         self.kubelet = HollowKubelet()
         self.api = HollowApi(self.name)
+        self.meter = HollowMeter(self.nvml, self.rest) if self.rest is not None else None
         self.tokens: dict[str, float] = {}
         self.agent: Agent
         self._task: asyncio.Task[None] | None = None
@@ -343,6 +370,7 @@ class Node:
             clock=VirtualClock(),
             pace=self.pace,
             scrape=self._scrape,
+            node_meter=self.meter,
         )
         self._task = asyncio.create_task(self.agent.run())
         return self.agent

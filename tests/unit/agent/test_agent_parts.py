@@ -15,7 +15,6 @@ from tests.unit.agent.virtual import run
 from typer.testing import CliRunner
 
 from tokenfactory.agent import main
-from tokenfactory.agent.guard import Measured, guarded, watch
 from tokenfactory.agent.holders import holdings
 from tokenfactory.agent.live import LiveSheets
 from tokenfactory.agent.main import AgentOptions
@@ -30,45 +29,6 @@ from tokenfactory.api.gpu_node import GPUNodeSpec, PodGrant
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.cli.main import app
 from tokenfactory.kube.logs import JsonFormatter
-
-# --- the guard
-
-QUIET = Measured(draw_milliwatts=500_000, enforced_milliwatts=600_000, min_milliwatts=200_000, since=0.0)
-LOUD = Measured(draw_milliwatts=690_000, enforced_milliwatts=600_000, min_milliwatts=200_000, since=0.0)
-
-
-def withheld(guard) -> int:
-    return guard["g"].withheld_milliwatts
-
-
-def test_one_reading_above_is_a_transient_and_two_are_not() -> None:
-    once = watch({}, {"g": LOUD}, 10)
-    assert withheld(once) == 0
-    assert withheld(watch(once, {"g": QUIET}, 15)) == 0
-    assert withheld(watch(watch(once, {"g": QUIET}, 15), {"g": LOUD}, 20)) == 0
-    assert withheld(watch(once, {"g": LOUD}, 15)) == 90_000
-
-
-def test_a_sensors_error_is_no_overshoot() -> None:
-    near = Measured(draw_milliwatts=630_000, enforced_milliwatts=600_000, min_milliwatts=200_000, since=0.0)
-    assert withheld(watch(watch({}, {"g": near}, 10), {"g": near}, 15)) == 0
-
-
-def test_a_limit_just_changed_is_not_judged_yet() -> None:
-    fresh = Measured(draw_milliwatts=690_000, enforced_milliwatts=300_000, min_milliwatts=200_000, since=9.0)
-    guard = watch(watch({}, {"g": fresh}, 10), {"g": fresh}, 11)
-    assert withheld(guard) == 0
-
-
-def test_the_guard_never_raises_and_stops_at_the_minimum() -> None:
-    guard = watch(watch({}, {"g": LOUD}, 10), {"g": LOUD}, 15)
-    assert guarded(guard, "g", 600_000) == 510_000
-    assert guarded(guard, "other", 600_000) == 600_000
-    least = Measured(draw_milliwatts=400_000, enforced_milliwatts=200_000, min_milliwatts=200_000, since=0.0)
-    for at in range(20, 100, 5):
-        guard = watch(guard, {"g": least}, at)
-    assert withheld(guard) == 90_000
-
 
 # --- who holds what
 

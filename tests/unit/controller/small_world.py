@@ -57,6 +57,8 @@ class Agent:
     memory: Memory = field(default_factory=Memory)
     enforced: dict[str, int] = field(default_factory=dict)
     heard_at: datetime = START
+    overhead_milliwatts: int = 0
+    """What its meter has taught it."""
 
     def uuid(self, index: int) -> str:
         return f"{self.name}-gpu-{index}"
@@ -393,6 +395,7 @@ class SmallWorld:
                 AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())
             ),
             gpus=tuple(_gpu_status(agent, index, holding, enforced) for index in range(agent.gpus)),
+            overhead_milliwatts=agent.overhead_milliwatts,
         )
         if status != node.status:
             self.put(msgspec.structs.replace(node, status=status))

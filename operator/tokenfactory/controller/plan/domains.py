@@ -11,11 +11,11 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.quantities import parse_power
 from tokenfactory.controller.plan.nodes import Place
 from tokenfactory.controller.plan.world import GpuHost, World
-from tokenfactory.planning.power import tree
+from tokenfactory.planning.power import catalogue, tree
 from tokenfactory.planning.power.lines import Domain, NodeFacts
 
 UNKNOWN_OVERHEAD_MILLIWATTS = 3_200_000
-"""An 8-GPU server besides its GPUs, at worst; used until a domain or an agent says better."""
+"""An 8-GPU server besides its GPUs, where not even the product of its GPUs is known."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,20 @@ def _path(now: tree.Tree, host: GpuHost, problems: dict[str, tuple[str, str]]) -
 
 
 def _overhead(world: World, host: GpuHost, path: tuple[str, ...]) -> int:
-    """What a person says for the deepest domain; else what the node measures; else the worst case."""
+    """What a person says for the deepest domain, else the catalogue's worst case; a measurement above it counts at once.
+
+    Below the catalogue it saves at most half: a meter that is wrong must not cost more than that.
+    """
+    measured = host.held.status.overhead_milliwatts if host.held else 0
     for name in reversed(path):
         domain = world.snapshot.domains.get(("", name))
         if domain is not None and domain.spec.node_overhead is not None:
-            return parse_power(domain.spec.node_overhead)
-    measured = host.held.status.overhead_milliwatts if host.held else 0
-    return measured or UNKNOWN_OVERHEAD_MILLIWATTS
+            return max(parse_power(domain.spec.node_overhead), measured)
+    gpus = host.held.status.gpus if host.held else ()
+    most = max((gpu.max_milliwatts for gpu in gpus), default=0)
+    worst = catalogue.overhead(host.product, host.gpu_count, maximum_milliwatts=most).milliwatts
+    worst = worst or UNKNOWN_OVERHEAD_MILLIWATTS
+    return max(measured, worst // 2) if measured else worst
 
 
 def _strangers(host: GpuHost) -> bool:
