@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,10 +24,7 @@ ROUNDS = 5 if QUICK else 15
 
 
 def seconds(*, gangs: bool, scarce: float) -> tuple[float, float, int]:
-    """Best of some rounds, of the CPU and by the clock, and how many limits the plan breaks.
-
-    The goal is for the CPU's: planning waits for nothing, and others use the machine, too.
-    """
+    """Of some rounds the median by the clock and the least of the CPU, and how many limits the plan breaks."""
     snapshot = random_cluster(SEED, nodes=1_000, pods=500, models=12, gangs=gangs, scarce=scarce)
     broken = len(violations(snapshot, plan_placement(snapshot)))
     cpu, clock = [], []
@@ -35,11 +33,11 @@ def seconds(*, gangs: bool, scarce: float) -> tuple[float, float, int]:
         plan_placement(snapshot)
         cpu.append(time.process_time() - begin_cpu)
         clock.append(time.perf_counter() - begin)
-    return min(cpu), min(clock), broken
+    return median(clock), min(cpu), broken
 
 
 def main() -> None:
-    print(f"seed {SEED}; {CLUSTERS} clusters against HiGHS; 1,000 nodes and 500 pods, best of {ROUNDS}")
+    print(f"seed {SEED}; {CLUSTERS} clusters against HiGHS; 1,000 nodes and 500 pods, median of {ROUNDS}")
     shares, worst_bands, broken = [], [], 0
     for seed in range(SEED, SEED + CLUSTERS):
         snapshot = random_cluster(
@@ -60,10 +58,10 @@ def main() -> None:
         ("scarce_watts", False, 0.5),
         ("replicas_that_span_nodes", True, 1.5),
     ):
-        cpu, clock, over = seconds(gangs=gangs, scarce=scarce)
+        clock, cpu, over = seconds(gangs=gangs, scarce=scarce)
         broken += over
-        figures.append(Figure(f"seconds_1000_nodes_500_pods_{name}", cpu, "s", "<= 0.2"))
-        figures.append(Figure(f"clock_seconds_{name}", clock, "s"))
+        figures.append(Figure(f"seconds_1000_nodes_500_pods_{name}", clock, "s", "<= 0.2"))
+        figures.append(Figure(f"cpu_seconds_{name}", cpu, "s"))
     figures.append(Figure("limits_broken", broken, "count", "<= 0"))
     report("placement", figures)
 

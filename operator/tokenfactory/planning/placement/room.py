@@ -29,17 +29,40 @@ class Room:
             by_model.setdefault(pod.model, []).append(pod.value)
         self._model_worth = {m: sum(v) / len(v) for m, v in by_model.items()}
         self._slot_worth = WHOLE_NODE_WEIGHT * sum(p.value for p in pods) / max(len(pods), 1)
-        self._level_counts = {m: self._counts(m) for m in by_model}
+        # To weigh all nodes anew for every pod is most of a plan: what follows is kept in step, or looked up.
         self._levels = fleet.failure_levels
-        size = max(fleet.whole_gpus, 1)
-        self._whole = np.arange(int(self.free_gpus.max(initial=0)) + 1, dtype=np.int64) // size
+        self._domains_of = list(zip(*(level.tolist() for level in self._levels), strict=True))
+        self._level_counts = {m: self._counts(m) for m in by_model}
+        self._crowds = {m: self._crowd(m) for m in by_model}
+        self._free_before = max(int(self.free_gpus.max(initial=0)), 0)
+        self._broken: dict[int, FloatArray] = {}
+        self._liked: dict[Shape, FloatArray] = {}
+        self._waking = fleet.wake.copy() if fleet.wake.any() else None
+        self._tightest: IntArray | None = None
 
-    def _counts(self, model: str) -> tuple[IntArray, ...]:
+    def _counts(self, model: str) -> tuple[list[int], ...]:
+        """Replicas of the model by failure domain, for each level."""
         present = np.array([n.replicas.get(model, 0) for n in self.fleet.nodes], dtype=np.int64)
+        return tuple(np.bincount(level, weights=present).astype(np.int64).tolist() for level in self._levels)
+
+    def _crowd(self, model: str) -> tuple[FloatArray, ...]:
+        """How much one more replica in each failure domain would be against the wish to spread, for each level."""
         return tuple(
-            np.bincount(level, weights=present, minlength=self.fleet.count).astype(np.int64)
-            for level in self.fleet.failure_levels
+            np.array([self._crowded(model, count) for count in counts], dtype=np.float64)
+            for counts in self._level_counts[model]
         )
+
+    def _crowded(self, model: str, count: int) -> float:
+        return SPREAD_WEIGHT * self._model_worth[model] / len(self._levels) * count / (count + 1)
+
+    def _breaking(self, gpus: int) -> FloatArray:
+        """By free GPUs: what the whole-node replicas are worth that no longer fit once so many are taken."""
+        if gpus not in self._broken:
+            size = max(self.fleet.whole_gpus, 1)
+            free = np.arange(self._free_before + 1, dtype=np.int64)
+            lost = free // size - np.maximum(free - gpus, 0) // size
+            self._broken[gpus] = self._slot_worth * lost.astype(np.float64)
+        return self._broken[gpus]
 
     def free(self, resource: str) -> IntArray:
         if resource not in self._free:
@@ -50,23 +73,23 @@ class Room:
 
     def watts_needed(self, shape: Shape) -> IntArray:
         """On the path of each node: the pod's GPUs, and waking the node if it would be the first."""
-        needed: IntArray = shape.need + self.fleet.wake * (self.pods_on == 0)
-        return needed
+        return shape.need if self._waking is None else shape.need + self._waking
 
     def shortfall(self, shape: Shape) -> IntArray:
         """Milliwatts missing at the shortest limit of each node's whole path, or of the pod's budgets."""
-        missing = self.watts_needed(shape)
-        missing -= self.tightest()
+        missing: IntArray = self.watts_needed(shape) - self.tightest()
         if shape.accounts.size:
             missing = np.maximum(missing, shape.need - self.headroom[shape.accounts].min())
         return missing
 
     def tightest(self) -> IntArray:
         """The least headroom on each node's path. Column by column: minima along short rows are slow."""
-        least: IntArray = self.headroom[self.fleet.columns[0]]
-        for column in self.fleet.columns[1:]:
-            np.minimum(least, self.headroom[column], out=least)
-        return least
+        if self._tightest is None:
+            least: IntArray = self.headroom[self.fleet.columns[0]]
+            for column in self.fleet.columns[1:]:
+                np.minimum(least, self.headroom[column], out=least)
+            self._tightest = least
+        return self._tightest
 
     def shortest_limit(self, shape: Shape, node: int) -> tuple[str, int]:
         """The limit that misses most for this pod on this node, and how much."""
@@ -94,14 +117,21 @@ class Room:
         self.pods_on[node] += sign
         self.free_gpus[node] -= sign * pod.gpus
         self.headroom[self.fleet.path[node]] -= sign * watts
+        self._tightest = None
+        if self._waking is not None:
+            self._waking[node] = 0 if self.pods_on[node] else self.fleet.wake[node]
         if shape.accounts.size:
             self.headroom[shape.accounts] -= sign * int(shape.need[node])
         for name, amount in pod.resources.items():
             self.free(name)[node] -= sign * amount
 
     def _count(self, shape: Shape, node: int, sign: int) -> None:
-        for level, counts in zip(self._levels, self._level_counts[shape.pod.model], strict=True):
-            counts[level[node]] += sign
+        model = shape.pod.model
+        for at, counts, crowd in zip(
+            self._domains_of[node], self._level_counts[model], self._crowds[model], strict=True
+        ):
+            counts[at] += sign
+            crowd[at] = self._crowded(model, counts[at])
         for rule in shape.pod.spread:
             counts_of = self._replicas_by(shape, rule.topology_key)
             value = self.fleet.nodes[node].labels.get(rule.topology_key)
@@ -110,29 +140,22 @@ class Room:
 
     def _gain(self, shape: Shape, node: int) -> float:
         """What placing it there adds to the comfort; `remove` takes the same away."""
-        levels = self._level_counts[shape.pod.model]
-        crowd = 0.0
-        for level, counts in zip(self._levels, levels, strict=True):
-            k = int(counts[level[node]])
-            crowd += k / (k + 1)
-        free = int(self.free_gpus[node])
-        broken = self._whole[free] - self._whole[free - shape.pod.gpus]
-        return (
-            shape.pod.value * float(shape.preference[node])
-            - SPREAD_WEIGHT * self._model_worth[shape.pod.model] * crowd / len(levels)
-            - self._slot_worth * float(broken)
-        )
+        gain = shape.pod.value * float(shape.preference[node])
+        gain -= float(self._breaking(shape.pod.gpus)[self.free_gpus[node]])
+        for at, crowd in zip(self._domains_of[node], self._crowds[shape.pod.model], strict=True):
+            gain -= float(crowd[at])
+        return gain
 
     def gains(self, shape: Shape) -> FloatArray:
         """`_gain` for all nodes at once; of no meaning where the pod does not fit."""
-        levels = self._level_counts[shape.pod.model]
-        gain = shape.pod.value * shape.preference
-        factor = SPREAD_WEIGHT * self._model_worth[shape.pod.model] / len(levels)
-        for level, counts in zip(self._levels, levels, strict=True):
-            here = counts[level]
-            gain = gain - factor * (here / (here + 1.0))
-        left = np.maximum(self.free_gpus - shape.pod.gpus, 0)
-        return gain - self._slot_worth * (self._whole[np.maximum(self.free_gpus, 0)] - self._whole[left])
+        if shape not in self._liked:
+            self._liked[shape] = shape.pod.value * shape.preference
+        gain: FloatArray = self._liked[shape] - self._breaking(shape.pod.gpus)[self.free_gpus]
+        crowds = self._crowds[shape.pod.model]
+        for level, crowd in zip(self._levels[:-1], crowds[:-1], strict=True):
+            gain -= crowd[level]
+        gain -= crowds[-1]  # the last level is the node itself
+        return gain
 
     def _replicas_by(self, shape: Shape, key: str) -> dict[str, int]:
         """Replicas of the pod's model by value of a label, over all nodes that carry it."""

@@ -157,16 +157,16 @@ class Search:
         if mode is Mode.ANY:
             open_nodes = np.flatnonzero(fit)
             return int(open_nodes[self.picks.below(open_nodes.size)])
-        left = room.free_gpus - shape.pod.gpus
         if mode is not Mode.COMFORT:
+            left = room.free_gpus - shape.pod.gpus
             watts = room.watts_needed(shape)
             first, then = (left, watts) if mode is Mode.TIGHT else (watts, left)
             key = first * (int(then[fit].max()) + 1) + then
             return int(np.argmin(np.where(fit, key, np.iinfo(np.int64).max)))
-        gain = room.gains(shape)
-        best = gain[fit].max()
-        among = fit & (gain >= best - _EPSILON * max(1.0, abs(best)))
-        return int(np.argmin(np.where(among, left, np.iinfo(np.int64).max)))
+        gain = np.where(fit, room.gains(shape), -np.inf)
+        best = float(gain.max())
+        among = np.flatnonzero(gain >= best - _EPSILON * max(1.0, abs(best)))
+        return int(among[0] if among.size == 1 else among[np.argmin(room.free_gpus[among])])
 
     def _best_fabric(self, unit: Unit, *, mode: Mode) -> tuple[int, ...]:
         """All members in one NVLink domain: the one in which they are most comfortable of the first that take them."""
