@@ -60,13 +60,15 @@ drift: venv ## generated files are what their sources say
 
 .PHONY: test-fast
 test-fast: venv ## unit tests without a cluster, under a minute
-	$(PY) -m pytest -q tests/unit -m "not slow and not cluster and not node"
+	$(PY) -m pytest -q -n 2 tests/unit -m "not slow and not cluster and not node"
 
-# Everything that pytest runs besides may be narrowed: make test T=tests/cluster/test_thread.py
+# What pytest runs may be narrowed: make test T=tests/cluster/test_thread.py runs just that, in one process. All of it
+# is shared among WORKERS: about half of the suite's time is waiting for clusters. WORKERS=0 is one after the other.
 T ?= tests
+WORKERS ?= 3
 .PHONY: test
-test: tools ## all tests; builds the embedded control plane once (about 10 minutes)
-	$(PY) -m pytest $(T)
+test: tools ## all tests; builds the embedded control plane once (about 10 minutes) [T= WORKERS=]
+	$(PY) -m pytest $(if $(filter tests,$(T)),-n $(WORKERS) --durations=15 )$(T)
 
 STEPS ?= 1000000
 SEED ?= 1
@@ -111,4 +113,6 @@ gpu-check: venv ## what a real GPU answers to everything the agent asks (reads o
 	$(PY) -m tokenfactory.agent.gpucheck
 
 .PHONY: ci
-ci: lint types layers drift test ## all that must hold before anything lands
+ci: venv ## all that must hold before anything lands; ends with pytest's own words
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types layers drift
+	@$(MAKE) --no-print-directory test

@@ -12,12 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests import sharing
 
 from tokenfactory.twin import toolchain
 from tokenfactory.twin.cluster import Cluster, ClusterOptions
 
 _numbers = itertools.count(1)
 _CLUSTERS = {"cluster", "own_cluster", "start_cluster", "real_node"}
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> sharing.Pieces:
+    return sharing.Pieces(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # alone, tests run in the order in which one reads them
+        sharing.longest_first(items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 30) -> T:
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 120) -> T:
     """The first true answer of `condition`; fails with `what` was waited for when there is none in time."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):

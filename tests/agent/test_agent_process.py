@@ -31,7 +31,7 @@ INSUFFICIENT_PERMISSIONS = 4
 _numbers = itertools.count(1)
 
 
-async def until(holds, seconds=40.0):
+async def until(holds, seconds=120.0):
     async with asyncio.timeout(seconds):
         while True:
             answer = holds()
@@ -45,7 +45,7 @@ async def until(holds, seconds=40.0):
 @pytest.fixture(scope="module")
 def crds(cluster):
     cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
     with contextlib.suppress(Exception):
         cluster.kubectl("create", "namespace", NAMESPACE)
 
@@ -525,7 +525,7 @@ async def test_under_the_charts_own_rights_it_can_do_all_that_it_does(own_cluste
 
     own_cluster.kubectl("create", "namespace", NAMESPACE)
     own_cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
-    own_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    own_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
     chart = Helm(await asyncio.to_thread(ensure_helm)).template("agent.enabled=true")
     wanted = [
         text

@@ -217,7 +217,7 @@ def test_a_kind_of_ours_is_explained_and_its_rules_are_kept(cluster: Cluster, na
     crd = meters(namespace)
     resource = crd["metadata"]["name"]
     apply(cluster, crd)
-    cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=30s")
+    cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=90s")
 
     def meter(watts: str) -> dict[str, Any]:
         metadata = {"name": "m", "namespace": namespace}

@@ -9,7 +9,7 @@ from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.demo import Demo, plans
 from tokenfactory.twin.site import Site
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 OPERATOR = "tokenfactory-operator"

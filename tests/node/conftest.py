@@ -44,7 +44,7 @@ def real_node(runtime: machine.Runtime, request: pytest.FixtureRequest) -> Itera
     with RealNode.open(runtime, Images()) as node:
         cluster = node.cluster
         cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
-        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
         for namespace in ("inference", NAMESPACE):
             cluster.kubectl("create", "namespace", namespace)
         yield node

@@ -214,7 +214,7 @@ oom_score = 0
     conf_dir = "{self.folder}/cni"
 """)
         self.start("containerd", ["containerd", "--config", str(config)])
-        wait_for(self._containerd_serves, "containerd to serve", 60)
+        wait_for(self._containerd_serves, "containerd to serve")
         self._import(images)
 
     def _containerd_serves(self) -> bool:
@@ -266,7 +266,7 @@ oom_score = 0
             self._command(alive="kubelet")
             return self._condition().get("status") == "True" and self._heard() != before
 
-        wait_for(ready, f"{self.name} to be Ready", 90)
+        wait_for(ready, f"{self.name} to be Ready")
 
     def _kubelet_config(self) -> dict[str, object]:
         return {
@@ -355,7 +355,7 @@ def remove_cgroups(name: str) -> None:
                 root.rmdir()
         return not any(root.exists() for root in roots)
 
-    wait_for(removed, f"the cgroups {name} to be empty", 20)
+    wait_for(removed, f"the cgroups {name} to be empty", 60)
 
 
 def clear_what_others_left() -> None:

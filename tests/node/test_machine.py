@@ -15,7 +15,7 @@ from tests.node.inside import KUBELET_SYSCTLS
 from tests.node.real_node import PREFIX, clear_what_others_left
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.node
 
 _OWNER = """
 import sys, time

@@ -6,7 +6,7 @@ import pytest
 from tests.node.world import CHAT_CAP, DEFAULT_CAP, IDLE_CAP, until
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.node
 
 NO_PERMISSION = 4
 

@@ -213,5 +213,9 @@ def install_chart(cluster: Cluster) -> None:
     rest = [obj for obj in objects if obj["kind"] not in {"CustomResourceDefinition", *_RUN_AS_PROCESSES}]
     cluster.kubectl("create", "namespace", SYSTEM_NAMESPACE, check=False)
     cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(crds))
-    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
     cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(rest))
+    # Its garbage collector looks for new kinds every 30 s, and asks again for an owner of a kind that it did not
+    # know after up to a minute: what belongs to a factory deleted soon would stay so long. Started anew, it knows.
+    cluster.stop_component("kube-controller-manager", kill=True)
+    cluster.start_component("kube-controller-manager")

@@ -33,7 +33,7 @@ def quick() -> Backoff:
     return Backoff(0.01, 0.1)
 
 
-async def until(holds: Callable[[], bool | Awaitable[bool]], seconds: float = 20.0) -> None:
+async def until(holds: Callable[[], bool | Awaitable[bool]], seconds: float = 90.0) -> None:
     """Return once `holds()` is true; a test that waits in vain fails after `seconds`."""
     async with asyncio.timeout(seconds):
         while True:

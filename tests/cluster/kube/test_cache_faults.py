@@ -24,7 +24,7 @@ async def write_some(maps, *, rounds: int = 3) -> None:
 async def converge(follower, maps) -> None:
     """The truth is reached: a last write is seen, and with it all that came before."""
     last = await maps.put("last", value="1")
-    await asyncio.wait_for(follower.cache.reached(last.metadata.resource_version), 20)
+    await asyncio.wait_for(follower.cache.reached(last.metadata.resource_version), 90)
     assert len(follower.copy) == await maps.count()
     assert follower.data("coming-and-going") is None
     assert follower.copy == dict(follower.cache.snapshot().objects)
@@ -46,9 +46,9 @@ async def test_a_running_watch_survives(make_fault, proxy, maps, follow):
     await maps.put("there-before", value="0")
     fault = proxy.inject(make_fault())
     follower = follow(stalled_after_seconds=1.0)
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     await write_some(maps)
-    await asyncio.wait_for(fault.happened.wait(), 20)
+    await asyncio.wait_for(fault.happened.wait(), 90)
     await write_some(maps)
     await converge(follower, maps)
     assert follower.cache.stats.faults >= 1
@@ -79,9 +79,9 @@ async def test_a_start_succeeds_in_the_end(make_fault, proxy, maps, follow):
         await maps.put(f"there-before-{n}", value="0")
     fault = proxy.inject(make_fault())
     follower = follow(page_size=2)
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     assert len(follower.copy) == 5, "synced() returned before the list was complete"
-    await asyncio.wait_for(fault.happened.wait(), 20)
+    await asyncio.wait_for(fault.happened.wait(), 90)
     await write_some(maps)
     await converge(follower, maps)
 
@@ -90,7 +90,7 @@ async def test_retry_after_is_honoured(proxy, maps, follow):
     proxy.inject(Answer(lists, code=429, reason="TooManyRequests", headers={"Retry-After": "1"}))
     began = asyncio.get_running_loop().time()
     follower = follow()
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     assert asyncio.get_running_loop().time() - began >= 1.0
     assert sum(lists(seen) for seen in proxy.requests) == 2
 
@@ -99,7 +99,7 @@ async def test_deletions_during_a_lost_history_are_noticed(proxy, maps, follow):
     await maps.put("doomed", value="1")
     await maps.put("spared", value="1")
     follower = follow()
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     proxy.inject(Answer(watches, code=410, reason="Expired"))
     proxy.inject(Answer(lists, times=2, code=503))
     proxy.drop_connections()
@@ -115,7 +115,7 @@ async def test_after_lost_history_handlers_see_the_whole_new_state(proxy, maps, 
     for name in ("a", "b", "c"):
         await maps.put(name, value="1")
     follower = follow()
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     seen: list[set[str]] = []
     relisted = follower.cache.stats.lists
     follower.cache.on_change(
@@ -139,7 +139,7 @@ async def test_two_silent_watches_lead_to_a_fresh_list(proxy, maps, follow):
     """What we resume from may mean nothing to a server that was restored from a backup."""
     proxy.inject(Stall(watches, times=2))
     follower = follow(stalled_after_seconds=0.5)
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     await until(lambda: follower.cache.stats.lists == 2)
     assert follower.cache.stats.stalls >= 2
     await converge(follower, maps)
@@ -148,7 +148,7 @@ async def test_two_silent_watches_lead_to_a_fresh_list(proxy, maps, follow):
 async def test_a_partition_heals(proxy, maps, follow):
     await maps.put("there-before", value="0")
     follower = follow(stalled_after_seconds=1.0)
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     proxy.partition()
     await write_some(maps)
     assert follower.data("changed") is None
@@ -165,7 +165,7 @@ async def test_an_error_in_a_handler_is_not_swallowed(config_maps, maps):
 
     cache.on_change(fail)
     with pytest.raises(OSError, match="of ours"):
-        await asyncio.wait_for(cache.run(), 20)
+        await asyncio.wait_for(cache.run(), 90)
     assert not cache.is_synced
 
 
@@ -173,7 +173,7 @@ async def test_bookmarks_and_pages_are_asked_for_and_no_old_memory(proxy, maps, 
     for n in range(5):
         await maps.put(f"there-before-{n}", value="0")
     follower = follow(page_size=2)
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     await until(lambda: any(watches(seen) for seen in proxy.requests))
     asked = [seen.query for seen in proxy.requests]
     assert [query.get("limit") for query in asked] == ["2", "2", "2", None]
@@ -184,9 +184,9 @@ async def test_bookmarks_and_pages_are_asked_for_and_no_old_memory(proxy, maps, 
 
 async def test_an_object_larger_than_a_read_is_put_together(proxy, maps, follow):
     follower = follow()
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     for n in range(3):
         held = await maps.put("large", value=str(n) * 900_000)
-        await asyncio.wait_for(follower.cache.reached(held.metadata.resource_version), 20)
+        await asyncio.wait_for(follower.cache.reached(held.metadata.resource_version), 90)
         assert follower.data("large") == held.data
     assert (follower.cache.stats.watches, follower.cache.stats.faults) == (1, 0)

@@ -67,7 +67,7 @@ async def test_caches_come_to_the_truth(seed, proxy: FaultProxy, maps, follow):
     last = await maps.put("last", value="1")
     truth = await maps.versions()
     for follower in followers:
-        await asyncio.wait_for(follower.cache.reached(last.metadata.resource_version), 30)
+        await asyncio.wait_for(follower.cache.reached(last.metadata.resource_version), 90)
         assert follower.copy == dict(follower.cache.snapshot().objects)
         assert {name: held.metadata.resource_version for (_, name), held in follower.copy.items()} == truth
     assert set(truth) == there | {"last"}

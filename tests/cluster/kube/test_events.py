@@ -42,7 +42,7 @@ async def counts(client: Client, namespace: str) -> dict[str, int]:
 
 async def say(recorder, about, note, **options) -> None:
     recorder.event(about, "Tested", note, **options)
-    await asyncio.wait_for(recorder.sent(), 20)
+    await asyncio.wait_for(recorder.sent(), 90)
 
 
 async def test_saying_it_again_raises_the_count(recorder, about, direct, namespace):
@@ -55,12 +55,12 @@ async def test_saying_it_again_raises_the_count(recorder, about, direct, namespa
 async def test_what_is_said_before_it_was_sent_is_counted_together(recorder, about, direct, namespace, proxy):
     for _ in range(50):
         recorder.event(about, "Tested", "again and again")
-    await asyncio.wait_for(recorder.sent(), 20)
+    await asyncio.wait_for(recorder.sent(), 90)
     assert await counts(direct, namespace) == {"again and again": 50}
     assert sum(writes(seen) for seen in proxy.requests) == 1
     for _ in range(7):
         recorder.event(about, "Tested", "again and again")
-    await asyncio.wait_for(recorder.sent(), 20)
+    await asyncio.wait_for(recorder.sent(), 90)
     assert await counts(direct, namespace) == {"again and again": 57}
 
 

@@ -29,16 +29,16 @@ async def test_a_restarted_api_server(own_cluster, kill):
             Cache(client, ConfigMap, namespace="default", label_selector="test=kube", backoff=quick())
         )
         running = tasks.create_task(follower.cache.run())
-        await asyncio.wait_for(follower.cache.synced(), 20)
+        await asyncio.wait_for(follower.cache.synced(), 90)
         await asyncio.to_thread(own_cluster.stop_component, "kube-apiserver", kill=kill)
         during = tasks.create_task(
             Writer(client).apply(ConfigMap, ("default", "during"), {"data": {"a": "1"}})
         )
         await asyncio.to_thread(own_cluster.start_component, "kube-apiserver")
-        assert isinstance(await asyncio.wait_for(during, 60), Written), "a write waits for the API server"
+        assert isinstance(await asyncio.wait_for(during, 90), Written), "a write waits for the API server"
         await maps.delete("before-0")
         last = await maps.put("after", value="1")
-        await asyncio.wait_for(follower.cache.reached(last.metadata.resource_version), 60)
+        await asyncio.wait_for(follower.cache.reached(last.metadata.resource_version), 90)
         assert len(follower.copy) == await maps.count() == 20
         assert follower.cache.stats.faults >= 1
         running.cancel()
@@ -99,7 +99,7 @@ async def until_refused(client, namespace) -> None:
 
 async def test_a_cache_recovers_once_the_token_is_replaced(robot, as_robot, follow, maps, proxy, namespace):
     follower = follow(through=as_robot)
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     robot.end_token()
     await until_refused(as_robot, namespace)
     proxy.drop_connections()

@@ -223,8 +223,8 @@ async def test_replacing_needs_the_version_that_was_read(writer, namespace):
 
 async def test_own_writes_are_waited_for(writer, follow, namespace):
     follower = follow(label_selector="")
-    await asyncio.wait_for(follower.cache.synced(), 20)
+    await asyncio.wait_for(follower.cache.synced(), 90)
     for n in range(10):
         answer = await writer.apply(ConfigMap, (namespace, "mine"), {"data": {"n": str(n)}})
-        await asyncio.wait_for(follower.cache.reached(answer.object.metadata.resource_version), 20)
+        await asyncio.wait_for(follower.cache.reached(answer.object.metadata.resource_version), 90)
         assert follower.data("mine") == {"n": str(n)}

@@ -16,7 +16,7 @@ from tokenfactory.twin.site import Site
 _numbers = itertools.count(1)
 RACK = "topology.tokenfactory.dev/rack"
 OPERATOR = "system:serviceaccount:tokenfactory-system:tokenfactory-operator"
-PATIENCE_SECONDS = 45.0
+PATIENCE_SECONDS = 120.0
 IDLE_WATTS = 16 * 200 + 4 * 800
 """What the hall is charged with nothing to do: every GPU at its minimum, and the nodes' other draw."""
 FULL_WATTS = 688.0
@@ -112,7 +112,7 @@ class Scene:
         await self.until("the limits to be the usual ones", self._usual)
 
     async def end(self) -> None:
-        await self.kubectl("delete", "tf", "--all", "-A", "--timeout=60s")
+        await self.kubectl("delete", "tf", "--all", "-A", "--timeout=120s")
         await self.until("all replicas to be gone", self._empty)
         broken, self.site.breaches[:] = [str(breach) for breach in self.site.breaches], []
         assert broken == []

@@ -14,7 +14,6 @@ from tokenfactory.api.cap_sheet import renewal_name
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 GPUS = 2
@@ -175,10 +174,10 @@ async def test_a_deleted_factory_drains_and_gives_its_watts_back(scene: Scene):
     await scene.apply(scene.factory(model(replicas=4)))
     await scene.until("full caps", lambda: full(scene, "llama", 4))
     await scene.until("its charge to be told", lambda: charged_at_least(scene, IDLE_WATTS + 3000))
-    await scene.mine("delete", "tf", "chat", "--timeout=20s")
+    await scene.mine("delete", "tf", "chat", "--timeout=120s")
     await scene.until("its watts to be back", lambda: charged_at_most(scene, IDLE_WATTS))
     await scene.mine("delete", "pvc,svc,deploy", "--all")
-    await scene.kubectl("delete", "namespace", scene.namespace, "--timeout=60s")
+    await scene.kubectl("delete", "namespace", scene.namespace, "--timeout=120s")
 
 
 async def test_an_operator_killed_at_its_writes_ends_where_an_undisturbed_one_does(scene: Scene):
@@ -194,7 +193,7 @@ async def test_an_operator_killed_at_its_writes_ends_where_an_undisturbed_one_do
         scene.site.start_operator()
     await scene.ready()
     killed = await end(scene)
-    await scene.kubectl("delete", "tf", "--all", "-A", "--timeout=60s")
+    await scene.kubectl("delete", "tf", "--all", "-A", "--timeout=120s")
     await scene.until("all of it to be gone", scene._empty)
     await scene.apply(final)
     await scene.ready()

@@ -1,0 +1,56 @@
+"""Who runs what when several workers share the suite (`pytest -n 3`, as `make test` does).
+
+A module is never torn apart: what its fixtures start, they start once. All of tests/node is one piece, since it is
+about one machine. The longest pieces begin first, so that none of them is still running alone at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+TOGETHER = ("tests/node/",)
+LONGEST_FIRST = (
+    "tests/cluster/scenarios/test_operations.py",
+    "tests/unit/planning/placement/test_optimum.py",
+    "tests/cluster/scenarios/test_power.py",
+    "tests/node/",
+    "tests/agent/test_agent_process.py",
+    "tests/cluster/test_controlplane.py",
+    "tests/unit/planning/power/test_budgets.py",
+    "tests/cluster/kube/",
+    "tests/fault/",
+    "tests/cluster/",
+    "tests/unit/planning/power/test_market.py",
+    "tests/chart/",
+)
+"""By what a run with `--durations=0` says. A wrong order costs only time."""
+
+
+def piece(nodeid: str) -> str:
+    """What this test must stay together with: its module, or the folder that is one."""
+    module = nodeid.partition("::")[0]
+    return next((folder for folder in TOGETHER if module.startswith(folder)), module)
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _rank(item.nodeid))
+
+
+def _rank(nodeid: str) -> int:
+    return next(
+        (rank for rank, start in enumerate(LONGEST_FIRST) if nodeid.startswith(start)), len(LONGEST_FIRST)
+    )
+
+
+class Pieces(LoadScopeScheduling):
+    """Hands out whole pieces, in the order in which they were collected."""
+
+    def __init__(self, config: pytest.Config, log: Any = None) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return piece(nodeid)
