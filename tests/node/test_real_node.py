@@ -53,6 +53,24 @@ async def test_while_limits_do_not_take_no_model_starts(world):
     assert list((await world.started("chat")).values()) == [CHAT_CAP]
 
 
+async def test_a_model_that_crashed_passes_the_gate_again(world):
+    """Limits are gone after a driver's reload: whoever crashed with it must not come back at the default limit."""
+    world.start_agent()
+    world.run_pod("chat", 2)
+    await world.grant("chat", 2)
+    given = await world.started("chat")
+    fault = world.hardware.fail("nvmlDeviceSetPowerManagementLimit", error=NO_PERMISSION)
+    for gpu in world.hardware.gpus:
+        gpu.set(requested_mw=DEFAULT_CAP)
+    world.kill_model()
+    await until(lambda: world.starts("chat", "wait-cap") == 2, "the init container to run again")
+    await world.waiting("chat", "NotCapped")
+    assert set(world.limits().values()) == {DEFAULT_CAP}
+    world.hardware.mend(fault)
+    await until(lambda: world.starts("chat", "model") == 2, "the model to start again")
+    assert await world.started("chat") == given == dict.fromkeys(given, CHAT_CAP)
+
+
 async def test_a_pod_that_nobody_listed_keeps_its_gpus_as_they_are(world):
     world.run_pod("stranger", 2, waits=False)
     strangers = await world.started("stranger")

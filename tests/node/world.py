@@ -18,6 +18,7 @@ from tests.node.image import IMAGE, MODEL, REPOSITORY
 from tests.node.real_node import NodeError, RealNode
 
 from tokenfactory.api.gpu_node import GPUNodeStatus, PodGrant
+from tokenfactory.controller.workloads import THROUGH_THE_GATE
 from tokenfactory.twin.agent_node import SheetDesk
 from tokenfactory.twin.nvml import SimulatedNode
 
@@ -150,6 +151,7 @@ class World:
             "image": MODEL,
             "imagePullPolicy": "Never",
             "resources": {"limits": {RESOURCE: gpus}},
+            **(THROUGH_THE_GATE if waits else {}),
         }
         pod = {
             "apiVersion": "v1",
@@ -186,6 +188,17 @@ class World:
     def log(self, name: str, container: str) -> str:
         """From the node, as `kubectl logs` has it from the kubelet."""
         return self.node.cluster.kubectl("logs", name, "-n", "inference", "-c", container, check=False).stdout
+
+    def starts(self, name: str, container: str) -> int:
+        """How often this container of the pod has been started."""
+        status = self.pod(name)["status"]
+        every = (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ()))
+        found = next(it for it in every if it["name"] == container)
+        return int(found["restartCount"]) + int("running" in found["state"] or "terminated" in found["state"])
+
+    def kill_model(self) -> None:
+        """As a crash would end it."""
+        self.node.run("pkill", "-KILL", "-f", "python3 /model.py")
 
     async def delete(self, name: str) -> None:
         await asyncio.to_thread(self.node.cluster.kubectl, "delete", "pod", name, "-n", "inference")

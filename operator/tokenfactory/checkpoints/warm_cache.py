@@ -67,8 +67,17 @@ def capture(cache: Path, store: Path, identity: dict[str, str]) -> tuple[Path, M
 
 
 def restore(checkpoint: Path, digest: str, cache: Path, identity: dict[str, str]) -> Restored:
-    """Bring a checkpoint into an empty cache, or say why the start will be cold. Never half of it."""
+    """Bring a checkpoint into an empty cache, or say why the start will be cold. Never half of it.
+
+    A cache that is not empty is that of a container which restarted in its pod: it is left as it is.
+    """
     try:
+        if (cache / MARKER).exists():
+            return msgspec.json.decode((cache / MARKER).read_bytes(), type=Restored)
+        if any(not path.name.startswith(_PARTIAL) for path in cache.iterdir()):
+            return Restored(
+                cold_because="the model restarted in its pod, with the cache that it had made there"
+            )
         manifest = verify(checkpoint, digest)
         _same_identity(manifest.identity, identity)
         partial = cache / f"{_PARTIAL}{uuid.uuid4().hex}"
@@ -82,7 +91,7 @@ def restore(checkpoint: Path, digest: str, cache: Path, identity: dict[str, str]
                 path.rename(cache / path.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except ManifestError as error:
+    except (ManifestError, msgspec.MsgspecError) as error:
         return Restored(cold_because=str(error))
     except OSError as error:
         return Restored(cold_because=f"{error.strerror or error}: {error.filename or checkpoint}")

@@ -37,7 +37,9 @@ from tokenfactory.controller.reconciler import Reconciler
 from tokenfactory.controller.renewer import Renewer
 from tokenfactory.controller.shell import WATCHED, KopfShell
 from tokenfactory.controller.snapshot import Leadership, Snapshot
+from tokenfactory.controller.workloads import RESTART_PROBE
 from tokenfactory.kube.client import Client
+from tokenfactory.kube.errors import ApiError
 from tokenfactory.kube.events import Recorder
 from tokenfactory.kube.lease import Election
 from tokenfactory.kube.objects import Event, Lease, Namespace, Node, Pod
@@ -118,6 +120,9 @@ async def _lead(
 ) -> bool:
     """Until we are told to stop. True: the outcome of every write of ours is known."""
     clean = False
+    through_gate = await restarts_through_gate(client, options.namespace)
+    workloads = msgspec.structs.replace(options.plan.workloads, restart_through_gate=through_gate)
+    plan_options = msgspec.structs.replace(options.plan, workloads=workloads)
     recorder = Recorder(client, controller="tokenfactory", instance=identity)
     actor = Actor(client, recorder, election.guard(margin_seconds=2.0))
     metrics = Metrics()
@@ -125,7 +130,7 @@ async def _lead(
     cutter = Cutter(observer.stores[PowerDomain].snapshot, lambda: observer.sheets.snapshot().objects, actor)
     reconciler = Reconciler(
         partial(observer.snapshot, leadership, actor.unsettled),
-        _Planner(options.plan, metrics, cutter),
+        _Planner(plan_options, metrics, cutter),
         actor,
         generation=cutter.generation,
         caught_up=lambda: observer.reached(actor.written),
@@ -171,6 +176,26 @@ async def _lead(
             "kopf ended by itself: this process is deaf to what people write, so it ends as well"
         )
     return clean
+
+
+async def restarts_through_gate(client: Client, namespace: str) -> bool:
+    """Can a container that restarts be sent through its pod's init containers again? Asked, not guessed of a version."""
+    try:
+        answer = await client.request(
+            "POST",
+            f"/apis/apps/v1/namespaces/{namespace}/deployments",
+            query={"dryRun": "All"},
+            body=RESTART_PROBE,
+            repeatable=True,
+        )
+    except ApiError as error:
+        log.warning("containers restart without asking the gate", extra={"error": str(error)})
+        return False
+    container = msgspec.json.decode(answer)["spec"]["template"]["spec"]["containers"][0]
+    known = bool(container.get("restartPolicyRules"))
+    if not known:
+        log.warning("containers restart without asking the gate: the cluster is older than Kubernetes 1.36")
+    return known
 
 
 class _Planner:

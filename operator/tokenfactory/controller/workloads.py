@@ -34,6 +34,28 @@ _SECURITY: Final[Object] = {
 _NOT_ROOT: Final[Object] = {"runAsNonRoot": True, "runAsUser": 1000}
 
 
+THROUGH_THE_GATE: Final[Object] = {
+    "restartPolicy": "Always",
+    "restartPolicyRules": [
+        {"action": "RestartAllContainers", "exitCodes": {"operator": "NotIn", "values": []}},
+    ],
+}
+"""P3: whenever this container ends, the init containers run again before it does (Kubernetes 1.36 and later)."""
+RESTART_PROBE: Final[Object] = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"generateName": "tokenfactory-asks-"},
+    "spec": {
+        "selector": {"matchLabels": {"app": "tokenfactory-asks"}},
+        "template": {
+            "metadata": {"labels": {"app": "tokenfactory-asks"}},
+            "spec": {"containers": [{"name": "none", "image": "none", **THROUGH_THE_GATE}]},
+        },
+    },
+}
+"""Created as a dry run: an API server that knows such rules says them back, an older one drops or refuses them."""
+
+
 class WorkloadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the installation decides for every workload."""
 
@@ -41,6 +63,8 @@ class WorkloadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Our own image: the init containers that wait for the cap and restore a checkpoint."""
     image_pull_policy: str = "IfNotPresent"
     start_gate_port: int = names.START_GATE_PORT
+    restart_through_gate: bool = False
+    """The API server knows `THROUGH_THE_GATE`; where it does not, a wish for it would never come true."""
 
 
 def workload_name(factory: TokenFactory, model: ModelSpec) -> str:
@@ -54,13 +78,17 @@ def workload_labels(factory: TokenFactory, model: ModelSpec) -> dict[str, str]:
 def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions) -> Object:
     """No surge: a rollout never needs watts for an old and a new replica at once."""
     labels = workload_labels(factory, model)
+    pod = _pod_spec(factory, model, options)
+    if options.restart_through_gate:
+        # A group of pods needs no such rule: it starts anew as new pods.
+        pod["containers"][0] |= THROUGH_THE_GATE
     spec: Object = {
         "replicas": replicas,
         "revisionHistoryLimit": 3,
         "progressDeadlineSeconds": 3600,
         "selector": {"matchLabels": labels},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
-        "template": {"metadata": {"labels": labels}, "spec": _pod_spec(factory, model, options)},
+        "template": {"metadata": {"labels": labels}, "spec": pod},
     }
     return _owned("apps/v1", "Deployment", factory, model, spec)
 

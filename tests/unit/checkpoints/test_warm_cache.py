@@ -95,3 +95,26 @@ def test_what_an_interrupted_capture_left_is_collected(cache: Path, tmp_path: Pa
     (store / ".partial-abc" / "data").mkdir(parents=True)
     assert warm_cache.collect_partials(store) == 1
     assert [path.name for path in store.iterdir()] == [where.name]
+
+
+def test_a_container_that_restarts_in_its_pod_finds_the_cache_as_it_left_it(cache: Path, tmp_path: Path):
+    where, manifest = warm_cache.capture(cache, tmp_path / "store", IDENTITY)
+    new = tmp_path / "new"
+    new.mkdir()
+    first = warm_cache.restore(where, manifest.digest, new, IDENTITY)
+    (new / "compiled-since").write_bytes(b"x")
+    (where / DATA_FOLDER / "weights.bin").write_bytes(b"rot")  # it is not even looked at again
+    assert warm_cache.restore(where, manifest.digest, new, IDENTITY) == first
+    assert first.warm
+    assert (new / "compiled-since").exists()
+
+
+def test_a_cache_that_a_cold_start_has_made_is_not_restored_over(cache: Path, tmp_path: Path):
+    where, manifest = warm_cache.capture(cache, tmp_path / "store", IDENTITY)
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "weights.bin").write_bytes(b"downloaded")
+    again = warm_cache.restore(where, manifest.digest, made, IDENTITY)
+    assert not again.warm
+    assert "restarted in its pod" in again.cold_because
+    assert [path.name for path in made.iterdir()] == ["weights.bin"]

@@ -61,3 +61,17 @@ def test_a_rollout_never_needs_watts_for_an_old_and_a_new_replica_at_once(make):
         spec.get("strategy", {}).get("rollingUpdate") or spec["rolloutStrategy"]["rollingUpdateConfiguration"]
     )
     assert rolling["maxSurge"] == 0
+
+
+def test_a_container_that_restarts_goes_through_the_gate_where_the_cluster_can_do_that():
+    made = factory()
+    model = made.spec.models[0]
+    able = msgspec.structs.replace(OPTIONS, restart_through_gate=True)
+    container = deployment(made, model, 1, able)["spec"]["template"]["spec"]["containers"][0]
+    assert container["restartPolicy"] == "Always"
+    (rule,) = container["restartPolicyRules"]
+    assert rule == {"action": "RestartAllContainers", "exitCodes": {"operator": "NotIn", "values": []}}
+    groups = leader_worker_set(made, model, 1, able)["spec"]["leaderWorkerTemplate"]
+    pods = [groups["leaderTemplate"]["spec"], groups["workerTemplate"]["spec"], *pods_of(made)]
+    assert not [pod for pod in pods if "restartPolicyRules" in pod["containers"][0]]
+    assert groups["restartPolicy"] == "RecreateGroupOnPodRestart"
