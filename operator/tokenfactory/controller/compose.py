@@ -20,6 +20,7 @@ from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
 from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.recovering import recover
+from tokenfactory.controller.plan.refusing import refusals
 from tokenfactory.controller.plan.replicating import staff
 from tokenfactory.controller.plan.retiring import retire
 from tokenfactory.controller.plan.serving import serve
@@ -61,7 +62,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     ledger = _ledger(world, grid, memory.ledger)
     staffing = staff(world, memory.replicas)
     energy = account(world, grid, memory.energy)
-    choice = choose(world, grid, ledger)
+    refused, replaced = refusals(world, memory.refusals)
+    choice = choose(world, grid, ledger, refused)
     coming = [
         bidding.Coming(
             wish.node,
@@ -83,6 +85,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions: list[Action] = _publish(world, sheets)
     actions += charging
     actions += open_gates(world)
+    actions += replaced
     actions += less.actions
     actions += serve(world, less.staffing, options.workloads)
     unplaced = (*choice.unplaced, *granting.waiting)
@@ -93,9 +96,17 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     if unreadable:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
-    plan = Plan(tuple(actions), again_after_seconds=_again(world, grid, sheets))
+    plan = Plan(
+        tuple(actions), again_after_seconds=min(_again(world, grid, sheets), 5.0 if refused.since else 30.0)
+    )
     remembered = Memory(
-        staffing.memory, energy, caps, less.memory, unread=snapshot.unread_factories, ledger=ledger
+        staffing.memory,
+        energy,
+        caps,
+        refused,
+        less.memory,
+        unread=snapshot.unread_factories,
+        ledger=ledger,
     )
     return Composed(plan, books, remembered)
 

@@ -70,6 +70,8 @@ class SmallWorld:
         self.term = term
         self.has_groups = False
         """Whether LeaderWorkerSets are installed."""
+        self.refusing: dict[str, str] = {}
+        """Nodes that kube-scheduler does not bind to, and why."""
         self.lingering: set[str | None] = set()
         """UIDs of pods that take their time to end."""
         self.claim_from: int | None = None
@@ -254,8 +256,7 @@ class SmallWorld:
                 del self.objects[type(held)][_key(held)]
             case act.OpenGate(pod, node):
                 assert pod.spec.scheduling_gates
-                spec = msgspec.structs.replace(pod.spec, scheduling_gates=(), node_name=node)
-                self.put(msgspec.structs.replace(pod, spec=spec))
+                self._schedule(pod, node)
             case act.DeletePod(pod):
                 self.delete_pod(pod)
             case act.MarkPod(pod, cost):
@@ -277,6 +278,15 @@ class SmallWorld:
                 self.events.append((reason, message))
 
     # --- everybody else
+
+    def _schedule(self, pod: Pod, node: str) -> None:
+        why = self.refusing.get(node)
+        spec = msgspec.structs.replace(pod.spec, scheduling_gates=(), node_name="" if why else node)
+        unbound = KubeCondition(
+            type="PodScheduled", status="False", reason="Unschedulable", message=why or ""
+        )
+        status = msgspec.structs.replace(pod.status, conditions=(unbound,)) if why else pod.status
+        self.put(msgspec.structs.replace(pod, spec=spec, status=status))
 
     def delete_pod(self, pod: Pod) -> None:
         """A pod on a live node ends; one on a dead node stays as it is, marked."""
@@ -307,7 +317,7 @@ class SmallWorld:
                 if pod.metadata.labels == labels and not pod.metadata.deletion_timestamp
             ]
             # A ReplicaSet parts first with what does not serve, then by the deletion cost.
-            mine.sort(key=lambda pod: (not pod.status.conditions, -_cost(pod)))
+            mine.sort(key=lambda pod: (not _serves(pod), -_cost(pod)))
             kept = _rolled(mine, mark, held.spec["replicas"])
             wanted |= {_key(pod) for pod in kept}
             for _ in range(held.spec["replicas"] - len(kept)):
@@ -344,7 +354,7 @@ class SmallWorld:
                     continue
                 del self.objects[Pod][_key(pod)]
                 continue
-            if pod.status.conditions:
+            if _serves(pod):
                 continue
             status = PodStatus(phase="Running", pod_ip="10.0.0.1", conditions=ready)
             self.put(msgspec.structs.replace(pod, status=status))
@@ -463,15 +473,19 @@ class SmallWorld:
         self._drew = {breach.domain: breach.drawing_milliwatts for breach in breaches(nowhere, self.truth())}
 
     def ready_pods(self) -> list[Pod]:
-        return [pod for pod in self.objects[Pod].values() if pod.status.conditions]
+        return [pod for pod in self.objects[Pod].values() if _serves(pod)]
 
 
 def _rolled(pods: list[Pod], mark: str, replicas: int) -> list[Pod]:
     """Which of a Deployment's pods stay: up to date ones, and as many old ones as maxUnavailable 25% asks for."""
     new = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] == mark]
-    old = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] != mark and pod.status.conditions]
-    spare = replicas - max(1, replicas // 4) - sum(bool(pod.status.conditions) for pod in new)
+    old = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] != mark and _serves(pod)]
+    spare = replicas - max(1, replicas // 4) - sum(_serves(pod) for pod in new)
     return (new + old[: max(0, spare)])[:replicas]
+
+
+def _serves(pod: Pod) -> bool:
+    return any(each.type == "Ready" and each.status == "True" for each in pod.status.conditions)
 
 
 def _key(obj: Any) -> tuple[str, str]:

@@ -11,7 +11,9 @@ from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.bidding import hulls_of, model_hull, worthwhile
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
-from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.controller.plan.quarantining import health_of
+from tokenfactory.controller.plan.refusing import Refusals
+from tokenfactory.controller.plan.world import GpuHost, Replica, World, gpus_asked
 from tokenfactory.kube.resources import Key, key_of
 from tokenfactory.planning.placement.inputs import (
     NodeCandidate,
@@ -37,7 +39,7 @@ class Choice:
     unplaced: tuple[Unplaced, ...]
 
 
-def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
+def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choice:
     """Every gated replica that is not charged anywhere yet."""
     waiting = {
         f"{replica.pod.metadata.namespace}/{replica.name}": replica
@@ -48,8 +50,17 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
         return Choice((), ())
     ranges = _ranges(world)
     grouped = any(replica.group for replica in waiting.values())
+    health = health_of(world)
+    local = _on_disk(world)
     candidates = tuple(
-        _candidate(world, grid, host, grouped=grouped)
+        _candidate(
+            world,
+            grid,
+            host,
+            grouped=grouped,
+            health=health.get(host.name, 1.0),
+            cached=local.get(host.name, frozenset()),
+        )
         for host in world.hosts.values()
         if host.held and host.product
     )
@@ -58,7 +69,8 @@ def choose(world: World, grid: Grid, ledger: Ledger) -> Choice:
     for name, replica in sorted(waiting.items()):
         slot = (key_of(replica.factory), replica.model.name)
         if slot not in alike:
-            alike[slot] = _request(world, grid, name, replica, ranges)
+            asked = _request(world, grid, name, replica, ranges)
+            alike[slot] = replace(asked, not_on=refused.nodes(slot))
         pods.append(replace(alike[slot], name=name, gang=replica.group))
     plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
     wishes = tuple(Wish(waiting[placed.pod], placed.node, placed.message) for placed in plan.placed)
@@ -74,12 +86,12 @@ def _fabric(host: GpuHost, labels: Mapping[str, str], *, grouped: bool) -> str:
     return f"network of zone {labels.get(_FAILURE_LABELS[0], 'unnamed')}" if grouped and not reported else ""
 
 
-def _candidate(world: World, grid: Grid, host: GpuHost, *, grouped: bool) -> NodeCandidate:
+def _candidate(
+    world: World, grid: Grid, host: GpuHost, *, grouped: bool, health: float, cached: frozenset[str]
+) -> NodeCandidate:
     labels = host.node.metadata.labels if host.node else {}
     path = grid.places[host.name].path if host.name in grid.places else ()
     taints = host.node.spec.taints if host.node else ()
-    granted = sum(grant.gpus for grant in host.grants)
-    foreign = sum(1 for gpu in host.held.status.gpus if gpu.pod_uid == "" and gpu.pod) if host.held else 0
     replicas: dict[str, int] = {}
     for grant in host.grants:
         model = grant.class_name.partition("@")[0]
@@ -88,15 +100,42 @@ def _candidate(world: World, grid: Grid, host: GpuHost, *, grouped: bool) -> Nod
         name=host.name,
         product=host.product,
         gpus=host.gpu_count,
-        free_gpus=max(0, host.gpu_count - granted - foreign),
+        free_gpus=free_gpus(world, host),
         path=path,
         labels={**labels, **{_DOMAIN + domain: "yes" for domain in path}},
         taints=tuple(Taint(taint.key, taint.value, taint.effect) for taint in taints),
         fabric=_fabric(host, labels, grouped=grouped),
         failure_domains=tuple(labels[label] for label in _FAILURE_LABELS if label in labels),
+        health=health,
+        cached=cached,
         replicas=replicas,
         closed=_closed(world, grid, host),
     )
+
+
+def free_gpus(world: World, host: GpuHost) -> int:
+    """That a new pod could get: sound ones, as many as kube-scheduler may hand out, less everybody's claims.
+
+    A stranger's claim counts from when it is bound, and still when its pod is gone and its GPU is not.
+    """
+    gpus = host.held.status.gpus if host.held else ()
+    sound = host.gpu_count - sum(not gpu.healthy for gpu in gpus)
+    offered = host.node.status.allocatable.get(names.GPU_RESOURCE, "") if host.node else ""
+    usable = min(sound, int(offered)) if offered.isdigit() else sound
+    held = sum(1 for gpu in gpus if gpu.pod and not gpu.pod_uid)
+    bound = sum(gpus_asked(pod) for pod in world.foreign.get(host.name, ()))
+    return max(0, usable - sum(grant.gpus for grant in host.grants) - max(held, bound))
+
+
+def _on_disk(world: World) -> dict[str, frozenset[str]]:
+    """Models by node whose checkpoint lies on that node's own disk."""
+    found: dict[str, set[str]] = {}
+    for checkpoint in world.snapshot.checkpoints.values():
+        spec = checkpoint.spec
+        if spec.location.node and checkpoint.status.phase not in {"Corrupt", "Failed"}:
+            name = f"{checkpoint.metadata.namespace}/{spec.factory}/{spec.model}"
+            found.setdefault(spec.location.node, set()).add(name)
+    return {node: frozenset(models) for node, models in found.items()}
 
 
 def _closed(world: World, grid: Grid, host: GpuHost) -> str:
@@ -137,6 +176,7 @@ def _request(
         value=float(parse_decimal(model.value_per_million_tokens)),
         selector={**factory.spec.node_selector, _DOMAIN + factory.spec.power.domain: "yes"},
         tolerations=(Toleration(names.GPU_RESOURCE, "Exists"), Toleration(names.MANAGED_TAINT, "Exists")),
+        weights=f"{namespace}/{factory.metadata.name}/{model.name}",
         refused=refusals(world, grid.tree, factory, model),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.shedding import Shedding
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
@@ -36,6 +37,7 @@ class Memory:
     energy: Mapping[Key, EnergyWindow] = field(default_factory=dict)
     caps: Mapping[tuple[str, str], Held] = field(default_factory=dict)
     """By (domain, class)."""
+    refusals: Refusals = field(default_factory=Refusals)
     shedding: Shedding = field(default_factory=Shedding)
     unread: Mapping[Key, str] = field(default_factory=dict)
     """Factories that could not be read, and why, as people were told."""

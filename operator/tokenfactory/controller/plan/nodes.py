@@ -15,7 +15,8 @@ import msgspec
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, PodGrant
 from tokenfactory.api.meta import ObjectMeta
-from tokenfactory.controller.actions import Action, ChargeNode, TaintNode
+from tokenfactory.controller.actions import Action, ChargeNode, TaintNode, Tell
+from tokenfactory.controller.plan.quarantining import repeat_offenders
 from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import GpuHost, Replica, World, has_finished
 from tokenfactory.kube.objects import Node
@@ -109,6 +110,7 @@ def charge_nodes(
 ) -> list[Action]:
     """One write for each node whose charge is not what it should be. `granted` are new, admitted pods by node."""
     actions: list[Action] = []
+    offenders = repeat_offenders(world)
     claims = {name for kind, name in _unclaimed(ledger) if kind == "GPUNode"}
     term = world.snapshot.leadership.term
     for host in world.hosts.values():
@@ -122,6 +124,9 @@ def charge_nodes(
         new = granted.get(host.name, [])
         # A path is left only in a round in which nothing is granted, and a sheet rises only in one without both.
         spec = _spec(world, ledger, host, held, place, facts[host.name], new, may_leave=not granted)
+        if host.name in offenders and spec.quarantine is None:
+            spec = msgspec.structs.replace(spec, quarantine=offenders[host.name])
+            actions.append(Tell(held, "Quarantined", offenders[host.name].reason, "Warning"))
         if held.spec.former_paths and spec.former_paths != held.spec.former_paths:
             # What one node may draw more from now on is not there for the next.
             ledger = ledger.with_node(msgspec.structs.replace(held, spec=spec))
@@ -252,6 +257,8 @@ def _difference(held: GPUNodeSpec, spec: GPUNodeSpec) -> str:
         parts.append("fenced: its Node object was deleted, and its domain takes that for switched off")
     if held.fence is not None and spec.fence is None:
         parts.append("its fence is lifted: its agent reports from a later boot")
+    if held.quarantine is None and spec.quarantine is not None:
+        parts.append(f"quarantined: {spec.quarantine.reason}")
     if held.path != spec.path:
         parts.append(f"now under {'/'.join(spec.path) or 'no domain'}")
     if held.former_paths and not spec.former_paths:

@@ -254,7 +254,7 @@ def see(snapshot: Snapshot) -> World:
             kept[pod.metadata.uid or ""] = pod
         elif pod.metadata.uid in charged:
             continue
-        elif pod.spec.node_name and pod.status.phase not in _FINISHED and _asks_gpus(pod):
+        elif pod.spec.node_name and pod.status.phase not in _FINISHED and gpus_asked(pod):
             foreign.setdefault(pod.spec.node_name, []).append(pod)
     hosts = {
         name: GpuHost(
@@ -282,10 +282,9 @@ def _owner(pod: Pod, factories: Mapping[Key, TokenFactory]) -> tuple[TokenFactor
     return next(((factory, model) for model in factory.spec.models if model.name == wanted), None)
 
 
-def _asks_gpus(pod: Pod) -> bool:
-    return any(
-        container.resources.limits.get(names.GPU_RESOURCE, "0") != "0" for container in pod.spec.containers
-    )
+def gpus_asked(pod: Pod) -> int:
+    asked = (container.resources.limits.get(names.GPU_RESOURCE, "0") for container in pod.spec.containers)
+    return sum(int(count) if count.isdigit() else 1 for count in asked)
 
 
 def _gpu_node_names(snapshot: Snapshot) -> set[str]:

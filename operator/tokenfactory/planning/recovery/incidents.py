@@ -13,6 +13,7 @@ import msgspec
 
 from tokenfactory.api.token_factory import Incident, Recovery
 
+RETURNED = "; it came back by itself"
 ORDER = ("Detected", "Routed", "Charged", "Restoring", "Verified", "Closed")
 
 
@@ -135,7 +136,7 @@ def _after_detection(incident: Incident, situation: Situation) -> Incident:
         return _to(incident, "Routed", situation.now)
     if any(_identity(lost) == incident.id for lost in situation.lost):
         return incident
-    return _to(incident, "Closed", situation.now, cause=f"{incident.cause}; it came back by itself")
+    return _to(incident, "Closed", situation.now, cause=f"{incident.cause}{RETURNED}")
 
 
 def _follow(incident: Incident, replacement: ReplicaFacts, now: str) -> Incident:
@@ -173,9 +174,18 @@ def _to(incident: Incident, phase: str, now: str, **changes: str) -> Incident:
     return msgspec.structs.replace(incident, phase=phase, phase_at=now, **changes)
 
 
-def _storm(situation: Situation) -> str:
+def failures(incidents: Sequence[Incident]) -> int:
+    """How often one node failed: all replicas that it took along at one moment are one failure."""
+    return len({incident.detected_at[:16] for incident in incidents if not incident.cause.endswith(RETURNED)})
+
+
+def is_storm(fleet_nodes: int, lost_nodes: int) -> bool:
     """A third of the fleet does not die by itself: more likely the network or we ourselves are cut off."""
-    if situation.lost_nodes >= 3 and situation.lost_nodes * 3 > situation.fleet_nodes:
+    return lost_nodes >= 3 and lost_nodes * 3 > fleet_nodes
+
+
+def _storm(situation: Situation) -> str:
+    if is_storm(situation.fleet_nodes, situation.lost_nodes):
         return (
             f"{situation.lost_nodes} of {situation.fleet_nodes} nodes are silent at once: nothing is restarted until "
             "fewer are, or a person fences those that are off"

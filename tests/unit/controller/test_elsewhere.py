@@ -1,0 +1,191 @@
+"""Where a replica does not go: what kube-scheduler refuses, sick GPUs, others' claims, nodes that keep failing."""
+
+import msgspec
+import pytest
+from tests.unit.controller.small_world import SmallWorld
+
+from tokenfactory.api import names
+from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, GPUNodeStatus, GPUStatus
+from tokenfactory.api.meta import ObjectMeta
+from tokenfactory.api.token_factory import Incident, TokenFactory
+from tokenfactory.controller import actions as act
+from tokenfactory.controller.plan.choosing import free_gpus
+from tokenfactory.controller.plan.quarantining import health_of
+from tokenfactory.controller.plan.world import GpuHost, World, see
+from tokenfactory.kube.objects import Container, Node, NodeStatus, Pod, PodSpec, ResourceRequirements
+from tokenfactory.planning.recovery.incidents import failures
+
+SITE = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: 60kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
+---
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  recovery: {quarantineAfter: 2}
+  models:
+  - name: llama
+    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
+    gpusPerReplica: 4
+    replicas: {min: 2, max: 2}
+"""
+
+
+def site(nodes: int = 3) -> SmallWorld:
+    world = SmallWorld()
+    for number in range(nodes):
+        world.add_node(f"n{number}")
+    world.apply(SITE)
+    return world
+
+
+def where(world: SmallWorld) -> set[str]:
+    return {pod.spec.node_name for pod in world.ready_pods()}
+
+
+# --- kube-scheduler refuses the node
+
+
+def test_a_pod_that_kube_scheduler_does_not_bind_is_placed_elsewhere():
+    world = site()
+    world.refusing = dict.fromkeys(("n0", "n1"), "0/3 nodes are available: 1 node(s) had no free host ports")
+    world.settle()
+    assert len(world.ready_pods()) == 2
+    assert where(world) == {"n2"}
+    replaced = [each for each in world.writes if isinstance(each, act.DeletePod)]
+    assert replaced
+    assert all("kube-scheduler does not bind it" in each.reason for each in replaced)
+    assert all("host ports" in each.reason for each in replaced)
+    booked = {key[1]: node.spec.pods for key, node in world.objects[GPUNode].items()}
+    assert not booked["n0"], "its watts are given back"
+    assert not booked["n1"], "its watts are given back"
+
+
+def test_a_short_refusal_is_waited_for():
+    """The pod that was there before may still hold its GPUs for kube-scheduler."""
+    world = site()
+    world.refusing = dict.fromkeys(("n0", "n1", "n2"), "Insufficient nvidia.com/gpu")
+    for _ in range(4):
+        world.others()
+        world.operate()
+    unbound = [pod for pod in world.objects[Pod].values() if not pod.spec.scheduling_gates]
+    assert unbound
+    world.refusing = {}
+    for pod in unbound:
+        world.others()
+        world._schedule(
+            world.objects[Pod]["inference", pod.metadata.name],
+            world.plan().books.world.granted_on[pod.metadata.uid],
+        )
+    world.settle()
+    assert not [each for each in world.writes if isinstance(each, act.DeletePod)]
+
+
+def test_when_every_node_is_refused_people_are_told_and_later_it_is_tried_again():
+    world = site(1)
+    world.refusing = {"n0": "0/1 nodes are available: 1 Insufficient cpu"}
+    for _ in range(40):
+        world.others()
+        world.operate()
+    ready = {c.type: c for c in world.objects[TokenFactory]["inference", "chat"].status.conditions}["Ready"]
+    assert (ready.status, ready.reason) == ("False", "NodesRefused")
+    world.refusing = {}
+    for _ in range(400):
+        world.others()
+        world.operate()
+    assert len(world.ready_pods()) == 2
+
+
+# --- what a node has to give
+
+
+def host_with(gpus: list[GPUStatus], offered: str = "8", strangers: int = 0) -> tuple[World, GpuHost]:
+    node = Node(metadata=ObjectMeta(name="n"), status=NodeStatus(allocatable={names.GPU_RESOURCE: offered}))
+    limits = ResourceRequirements(limits={names.GPU_RESOURCE: str(strangers)})
+    stranger = Pod(spec=PodSpec(node_name="n", containers=(Container(resources=limits),)))
+    held = GPUNode(metadata=ObjectMeta(name="n"), spec=GPUNodeSpec(), status=GPUNodeStatus(gpus=tuple(gpus)))
+    host = GpuHost("n", node, held, 0.0)
+    empty = see(SmallWorld().snapshot())
+    return World(empty.snapshot, (), {"n": host}, {"n": (stranger,)} if strangers else {}), host
+
+
+def gpu(index: int, **more: object) -> GPUStatus:
+    return msgspec.structs.replace(GPUStatus(index=index, uuid=f"g{index}", product="H100"), **more)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "offered", "strangers", "free"),
+    [
+        ([gpu(i) for i in range(8)], "8", 0, 8),
+        ([gpu(i, healthy=i > 1) for i in range(8)], "8", 0, 6),
+        ([gpu(i) for i in range(8)], "7", 0, 7),
+        ([gpu(i, healthy=i > 0) for i in range(8)], "7", 0, 7),
+        ([gpu(i) for i in range(8)], "", 0, 8),
+        ([gpu(i) for i in range(8)], "8", 4, 4),
+        ([gpu(i, pod="train/x" if i < 4 else "") for i in range(8)], "8", 4, 4),
+        ([gpu(i, pod="train/x" if i < 4 else "") for i in range(8)], "8", 0, 4),
+        ([gpu(i) for i in range(8)], "0", 4, 0),
+    ],
+    ids=["all", "two are sick", "one is not offered", "the sick one is not offered", "nothing is known of offers",
+         "a stranger is bound", "a stranger runs", "a stranger's GPU is not free yet", "nothing is left"],
+)  # fmt: skip
+def test_free_gpus_are_those_that_a_pod_could_get(
+    gpus: list[GPUStatus], offered: str, strangers: int, free: int
+):
+    assert free_gpus(*host_with(gpus, offered, strangers)) == free
+
+
+# --- nodes that keep failing
+
+
+def lose(world: SmallWorld, name: str) -> None:
+    """Its agent dies for long enough that its pods restart elsewhere, and comes back."""
+    world.agents[name].alive = False
+    for _ in range(20):
+        world.others()
+        world.operate()
+    world.agents[name].alive = True
+    world.settle()
+
+
+def test_a_node_that_keeps_failing_gets_no_new_work_until_a_person_clears_it():
+    world = site(8)
+    world.settle()
+    bad = min(where(world))
+    lose(world, bad)
+    assert world.objects[GPUNode]["", bad].spec.quarantine is None
+    assert health_of(see(world.snapshot()))[bad] == 0.5
+    others = [name for name in world.agents if name != bad]
+    for name in others:
+        world.cordon(name)
+    world.delete_pod(world.ready_pods()[0])
+    world.settle()
+    for name in others:
+        world.cordon(name, on=False)
+    assert bad in where(world)
+    lose(world, bad)
+    quarantine = world.objects[GPUNode]["", bad].spec.quarantine
+    assert quarantine is not None
+    assert "lost 2 times" in quarantine.reason
+    assert ("Quarantined", quarantine.reason) in world.events
+    assert bad not in where(world)
+    cleared = world.objects[GPUNode]["", bad]
+    world.put(
+        msgspec.structs.replace(cleared, spec=msgspec.structs.replace(cleared.spec, quarantine=None)),
+        new_generation=True,
+    )
+    world.settle()
+    assert world.objects[GPUNode]["", bad].spec.quarantine is None, "what it did before was looked at"
+
+
+def test_replicas_lost_together_are_one_failure_and_a_silence_that_ended_is_none():
+    def lost(at: str, cause: str = "silent") -> Incident:
+        return Incident(id=at, node="n", model="m", phase="Closed", detected_at=at, cause=cause)
+
+    assert failures([lost("2026-11-21T12:00:01Z"), lost("2026-11-21T12:00:09Z")]) == 1
+    assert failures([lost("2026-11-21T12:00:01Z"), lost("2026-11-21T13:00:01Z")]) == 2
+    assert failures([lost("2026-11-21T12:00:01Z", "silent; it came back by itself")]) == 0
