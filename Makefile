@@ -80,6 +80,10 @@ fault: venv ## the fault search over ledger and governor: a million steps, some 
 model: venv ## every history of small sites, exhaustively, and each deliberate bug's shortest trace
 	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.fault.model
 
+.PHONY: crash
+crash: tools ## an operator killed at every write of a story on a real control plane (most of an hour)
+	$(PY) -m pytest -q -s tests/cluster/scenarios/crash_search.py
+
 .PHONY: bench
 bench: venv ## one benchmark: make bench B=market [QUICK=1]
 	@[ -n "$(B)" ] || { echo "make bench B=NAME, one of: $$(cd benchmarks && ls [a-z]*.py | sed 's/\.py//' | xargs)" >&2; exit 2; }

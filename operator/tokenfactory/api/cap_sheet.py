@@ -182,7 +182,7 @@ class CapSheet(Resource, frozen=True, kw_only=True):
 
     KIND: ClassVar[str] = "CapSheet"
     PLURAL: ClassVar[str] = "capsheets"
-    SHORT: ClassVar[str] = "cs"
+    SHORT: ClassVar[str] = "sheet"  # not cs: to kubectl that is componentstatuses, whatever else there is
     NAMESPACED: ClassVar[bool] = False
     COLUMNS: ClassVar[tuple[Column, ...]] = (
         Column(name="Domain", path=".spec.domain"),

@@ -33,6 +33,7 @@ from tokenfactory.kube.resources import Key, collection_path
 from tokenfactory.kube.times import boot_seconds
 
 log = logging.getLogger(__name__)
+_GROUPS_SECONDS = 10.0
 
 
 def is_report(change: Change[Any]) -> bool:
@@ -120,7 +121,7 @@ class Observer:
                 await self._client.request("GET", collection_path(LeaderWorkerSet).rpartition("/")[0])
                 await Listing(self._client, LeaderWorkerSet, collection_path(LeaderWorkerSet), {}, 500).read()
             except (ApiError, UnreachableError):
-                await asyncio.sleep(60)
+                await asyncio.sleep(_GROUPS_SECONDS)
                 continue
             break
         cache = Cache(self._client, LeaderWorkerSet, label_selector=names.FACTORY_LABEL)

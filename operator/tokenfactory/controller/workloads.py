@@ -31,6 +31,8 @@ _SECURITY: Final[Object] = {
 }
 
 
+_GROUP_NAME_LENGTH: Final = 42
+
 _NOT_ROOT: Final[Object] = {"runAsNonRoot": True, "runAsUser": 1000}
 
 
@@ -71,6 +73,18 @@ def workload_name(factory: TokenFactory, model: ModelSpec) -> str:
     return f"{factory.metadata.name}-{model.name}"
 
 
+def group_name(factory: TokenFactory, model: ModelSpec) -> str:
+    """Of a LeaderWorkerSet. Its controller makes a headless Service of that name, by which the pods of a group find
+    each other: it must not be the name of the Service that answers requests. The StatefulSet of a group's workers is
+    called like it and the group's number, and what Kubernetes appends to that must fit in a label.
+    """
+    name = workload_name(factory, model)
+    if len(name) > _GROUP_NAME_LENGTH:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+        name = f"{name[: _GROUP_NAME_LENGTH - 7]}-{digest}"
+    return f"{name}-group"
+
+
 def workload_labels(factory: TokenFactory, model: ModelSpec) -> dict[str, str]:
     return {names.FACTORY_LABEL: factory.metadata.name, names.MODEL_LABEL: model.name}
 
@@ -90,7 +104,7 @@ def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: 
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
         "template": {"metadata": {"labels": labels}, "spec": pod},
     }
-    return _owned("apps/v1", "Deployment", factory, model, spec)
+    return _owned("apps/v1", "Deployment", workload_name(factory, model), factory, model, spec)
 
 
 def leader_worker_set(
@@ -101,19 +115,15 @@ def leader_worker_set(
     leader, worker = (_pod_spec(factory, model, options) for _ in range(2))
     for spec, role in ((leader, "1"), (worker, "0")):
         nim = spec["containers"][0]
-        nim["env"] = [
-            *nim["env"],
-            {"name": "NIM_MULTI_NODE", "value": "1"},
-            {"name": "NIM_NUM_COMPUTE_NODES", "value": str(model.nodes_per_replica)},
-            {"name": "NIM_LEADER_ROLE", "value": role},
-            _downward("NIM_NODE_RANK", f"metadata.labels['{names.LWS_WORKER_LABEL}']"),
-        ]
+        theirs = {variable["name"] for variable in nim["env"]}
+        nim["env"] += [each for each in _multi_node_env(model, role) if each["name"] not in theirs]
     # Only the leader answers requests.
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         worker["containers"][0].pop(probe)
     return _owned(
         "leaderworkerset.x-k8s.io/v1",
         "LeaderWorkerSet",
+        group_name(factory, model),
         factory,
         model,
         {
@@ -141,7 +151,7 @@ def service(factory: TokenFactory, model: ModelSpec) -> Object:
         "selector": selector,
         "ports": [{"name": "http", "port": names.NIM_PORT, "targetPort": "http", "protocol": "TCP"}],
     }
-    return _owned("v1", "Service", factory, model, spec)
+    return _owned("v1", "Service", workload_name(factory, model), factory, model, spec)
 
 
 def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
@@ -153,15 +163,17 @@ def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
     return held.metadata.labels.get(SPEC_LABEL) == applied and says(held.spec, wanted["spec"])
 
 
-def _owned(api_version: str, kind: str, factory: TokenFactory, model: ModelSpec, spec: Object) -> Object:
+def _owned(
+    api_version: str, kind: str, name: str, factory: TokenFactory, model: ModelSpec, spec: Object
+) -> Object:
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    metadata = _metadata(factory, model, {SPEC_LABEL: digest})
+    metadata = _metadata(name, factory, model, {SPEC_LABEL: digest})
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
 
 
-def _metadata(factory: TokenFactory, model: ModelSpec, labels: dict[str, str]) -> Object:
+def _metadata(name: str, factory: TokenFactory, model: ModelSpec, labels: dict[str, str]) -> Object:
     return {
-        "name": workload_name(factory, model),
+        "name": name,
         "namespace": factory.metadata.namespace,
         "labels": workload_labels(factory, model) | labels,
         "ownerReferences": [
@@ -313,6 +325,25 @@ def _identity_args(factory: TokenFactory, model: ModelSpec) -> list[str]:
         "gpus": str(model.gpus_per_replica),
     }
     return [f"--identity={key}={value}" for key, value in sorted(facts.items())]
+
+
+def _multi_node_env(model: ModelSpec, role: str) -> list[Object]:
+    """As NIM's images want to be told of their group; the leader's address comes from the LeaderWorkerSet controller.
+
+    A profile says itself how the model is split.
+    """
+    split = {
+        "NIM_TENSOR_PARALLEL_SIZE": str(model.gpus_per_replica),
+        "NIM_PIPELINE_PARALLEL_SIZE": str(model.nodes_per_replica),
+    }
+    values = {
+        "NIM_MULTI_NODE": "1",
+        "NIM_NUM_COMPUTE_NODES": str(model.nodes_per_replica),
+        "NIM_LEADER_ROLE": role,
+        **({} if model.nim.profile else split),
+    }
+    env: list[Object] = [{"name": name, "value": value} for name, value in values.items()]
+    return [*env, _downward("NIM_NODE_RANK", f"metadata.labels['{names.LWS_WORKER_LABEL}']")]
 
 
 def _downward(name: str, path: str) -> Object:

@@ -39,28 +39,28 @@ def plans(count: int = 4, gpus: int = 4) -> list[NodePlan]:
     ]
 
 
-def storage(claims: Path) -> str:
+def storage(claims: Path, namespace: str = NAMESPACE) -> str:
     """A volume for checkpoints, as a folder of this machine: the only part that a real cluster has already."""
     volume = {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
-        "metadata": {"name": "model-cache"},
+        "metadata": {"name": f"model-cache-{namespace}"},
         "spec": {
             "capacity": {"storage": "100Gi"},
             "accessModes": ["ReadWriteMany"],
             "storageClassName": "",
             "hostPath": {"path": str(claims / "model-cache")},
-            "claimRef": {"namespace": NAMESPACE, "name": "model-cache"},
+            "claimRef": {"namespace": namespace, "name": "model-cache"},
         },
     }
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "model-cache", "namespace": NAMESPACE},
+        "metadata": {"name": "model-cache", "namespace": namespace},
         "spec": {
             "accessModes": ["ReadWriteMany"],
             "storageClassName": "",
-            "volumeName": "model-cache",
+            "volumeName": f"model-cache-{namespace}",
             "resources": {"requests": {"storage": "100Gi"}},
         },
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -57,6 +58,12 @@ def writes(seen: Seen) -> bool:
     return seen.method not in {"GET", "HEAD"}
 
 
+def nth(number: int, match: Match) -> Match:
+    """The `number`-th request from now on that matches, counted from 1; and none after it."""
+    seen = itertools.count(1)
+    return lambda request: match(request) and next(seen) == number
+
+
 @dataclass(slots=True)
 class Fault:
     """What goes wrong, for the first `times` requests that match."""
@@ -84,6 +91,19 @@ class Answer(Fault):
 @dataclass(slots=True)
 class LoseAnswer(Fault):
     """The API server does what was asked; nobody is told."""
+
+
+@dataclass(slots=True)
+class Crash(Fault):
+    """The client dies of its own request: before anybody was asked, or, `landed`, once it has been done."""
+
+    kill: Callable[[], None] = lambda: None
+    landed: bool = False
+
+    def strike(self) -> None:
+        """Nothing of the client is left when this returns, but what it had sent before."""
+        self.kill()
+        self.note()
 
 
 @dataclass(slots=True)
@@ -232,6 +252,9 @@ class FaultProxy:
             fault.note()
             await _write_answer(writer, fault)
             return
+        if isinstance(fault, Crash) and not fault.landed:
+            fault.strike()
+            raise _Broken
         session = self._theirs if "authorization" in request.headers else self._ours
         async with session.request(
             request.method, request.target, data=request.body or None, headers=request.headers
@@ -239,6 +262,10 @@ class FaultProxy:
             if isinstance(fault, LoseAnswer):
                 await upstream.read()
                 fault.note()
+                raise _Broken
+            if isinstance(fault, Crash):
+                await upstream.read()
+                fault.strike()
                 raise _Broken
             pump = asyncio.ensure_future(self._pump(writer, upstream, fault, watch=seen.is_watch))
             if not seen.is_watch:

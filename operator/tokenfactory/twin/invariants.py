@@ -6,7 +6,7 @@ Nothing here looks at the ledger, the sheets or any status: only limits that peo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.quantities import is_percent, parse_percent, parse_power
@@ -44,22 +44,109 @@ def gpu_truth(enforced_watts: Mapping[str, float], running: Iterable[str], idle_
     )
 
 
-def breaches(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth]) -> list[Breach]:
-    """Every domain whose nodes may together draw more than its limit."""
+@dataclass(frozen=True)
+class _Feeding:
+    """One domain at one moment: what its nodes may together draw, and what each of them adds to that."""
+
+    limit_milliwatts: int
+    drawing_milliwatts: int
+    nodes: Mapping[str, NodeTruth]
+
+    @property
+    def over(self) -> bool:
+        return self.drawing_milliwatts > self.limit_milliwatts
+
+
+def _feeding(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth]) -> dict[str, _Feeding]:
     by_name = {domain.metadata.name: domain for domain in domains}
     fleet = list(nodes)
-    found = []
+    found = {}
     for name, domain in by_name.items():
         limit = _limit(domain, by_name)
         if limit is None:
             continue
-        total = sum(
-            node.gpu_milliwatts + node.overhead_milliwatts for node in fleet if _under(node, name, by_name)
-        )
-        total += parse_power(domain.spec.fixed_load)
-        if total > limit:
-            found.append(Breach(name, total, limit))
+        mine = {node.name: node for node in fleet if _under(node, name, by_name)}
+        total = sum(node.gpu_milliwatts + node.overhead_milliwatts for node in mine.values())
+        found[name] = _Feeding(limit, total + parse_power(domain.spec.fixed_load), mine)
     return found
+
+
+def breaches(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth]) -> list[Breach]:
+    """Every domain whose nodes may together draw more than its limit."""
+    return [
+        Breach(name, now.drawing_milliwatts, now.limit_milliwatts)
+        for name, now in _feeding(domains, nodes).items()
+        if now.over
+    ]
+
+
+@dataclass
+class BudgetWatch:
+    """P1 from one look to the next. Only people bring a domain over its limit, and then it may only be left.
+
+    They do so by lowering the limit, and by racking a node, which draws there before anybody can know. From then on
+    what is drawn may fall and nothing else, until the limit holds again; and from then on it holds.
+    """
+
+    _last: dict[str, _Feeding] = field(default_factory=dict)
+    _ceilings: dict[str, int] = field(default_factory=dict)
+    """By domain that people brought over its limit: the most that it may still draw, in milliwatts."""
+    _lowered: set[str] = field(default_factory=set)
+
+    def look(
+        self, domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], *, read_anew: bool = True
+    ) -> list[Breach]:
+        """`read_anew`: the domains are not those of the last look.
+
+        A limit that is read to be lower was written a while ago, and what had been allowed just before that may still
+        be on its way to the GPUs: until the domains are read once more, the draw is held against the old limit.
+        """
+        found = []
+        now = _feeding(domains, nodes)
+        if read_anew:
+            self._lowered = {
+                name for name, each in now.items() if each.limit_milliwatts < self._limit_before(name, each)
+            }
+        for name, each in now.items():
+            if not each.over:
+                self._ceilings.pop(name, None)
+                continue
+            ceiling = self._ceiling(name, each)
+            if ceiling is None or each.drawing_milliwatts > ceiling:
+                found.append(Breach(name, each.drawing_milliwatts, each.limit_milliwatts))
+            if ceiling is not None:
+                held = name in self._lowered
+                self._ceilings[name] = ceiling if held else min(ceiling, each.drawing_milliwatts)
+        self._last = now
+        return found
+
+    def _limit_before(self, name: str, now: _Feeding) -> int:
+        return self._last.get(name, now).limit_milliwatts
+
+    def _ceiling(self, name: str, now: _Feeding) -> int | None:
+        """What a domain over its limit may draw; None where no person explains that it is over."""
+        before = self._last.get(name)
+        if before is None:  # of a domain that was just made, over nodes that had been drawing already
+            return now.drawing_milliwatts
+        allowed = self._ceilings.get(name)
+        if now.limit_milliwatts < before.limit_milliwatts and allowed is None:
+            allowed = before.limit_milliwatts
+        racked = _racked(before.nodes, now.nodes)
+        if racked:
+            allowed = (before.drawing_milliwatts if allowed is None else allowed) + racked
+        return allowed
+
+
+def _racked(before: Mapping[str, NodeTruth], now: Mapping[str, NodeTruth]) -> int:
+    """What nodes draw that were not there, in milliwatts; a node's other draw is known a little after it."""
+    more = 0
+    for name, node in now.items():
+        known = before.get(name)
+        if known is None:
+            more += node.gpu_milliwatts + node.overhead_milliwatts
+        else:
+            more += max(0, node.overhead_milliwatts - known.overhead_milliwatts)
+    return more
 
 
 def _limit(domain: PowerDomain, by_name: Mapping[str, PowerDomain]) -> int | None:

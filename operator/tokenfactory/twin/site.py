@@ -24,7 +24,7 @@ from tokenfactory.api.meta import Resource
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.fleet import OPERATOR_ACCOUNT, SYSTEM_NAMESPACE, Fleet, NodePlan
-from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, gpu_truth
+from tokenfactory.twin.invariants import Breach, BudgetWatch, NodeTruth, gpu_truth
 from tokenfactory.twin.nvml import product_named
 from tokenfactory.twin.processes import PROGRAM, environment
 from tokenfactory.twin.toolchain import ensure_helm
@@ -38,7 +38,7 @@ _COLLECTIONS = {
     "tf": (_OURS, "tokenfactories"),
     "pd": (_OURS, "powerdomains"),
     "gn": (_OURS, "gpunodes"),
-    "cs": (_OURS, "capsheets"),
+    "sheet": (_OURS, "capsheets"),
     "ckpt": (_OURS, "checkpoints"),
     "pods": ("/api/v1", "pods"),
     "svc": ("/api/v1", "services"),
@@ -56,9 +56,16 @@ class Site:
     """`async with Site(cluster, folder, plans) as site:` then apply manifests and wait for what they do."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, plans: list[NodePlan], *, cold_seconds: float = 3.0
+        self,
+        cluster: Cluster,
+        folder: Path,
+        plans: list[NodePlan],
+        *,
+        cold_seconds: float = 3.0,
+        values: tuple[str, ...] = (),
     ) -> None:
         self.cluster = cluster
+        self._values = values
         self.folder = folder
         self.fleet = Fleet(cluster, folder, plans, cold_seconds=cold_seconds)
         self.breaches: list[Breach] = []
@@ -70,7 +77,7 @@ class Site:
 
     async def __aenter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(install_chart, self.cluster)
+        await asyncio.to_thread(install_chart, self.cluster, self._values)
         await self.fleet.__aenter__()
         self.start_operator()
         self._sampler = asyncio.create_task(self._sample())
@@ -85,18 +92,32 @@ class Site:
 
     # --- the operator
 
-    def start_operator(self) -> None:
-        kubeconfig = self.cluster.kubeconfig_for_service_account(SYSTEM_NAMESPACE, OPERATOR_ACCOUNT)
+    def operator_kubeconfig(self) -> Path:
+        """Who the operator is: the chart's own service account."""
+        return self.cluster.kubeconfig_for_service_account(SYSTEM_NAMESPACE, OPERATOR_ACCOUNT)
+
+    def start_operator(self, kubeconfig: Path | None = None, *, lease_seconds: int = 6) -> None:
+        """As the chart's service account, unless `kubeconfig` says otherwise."""
+        kubeconfig = kubeconfig or self.operator_kubeconfig()
         command = [
             *PROGRAM,
             "operator",
             f"--namespace={SYSTEM_NAMESPACE}",
-            "--lease-seconds=6",
+            f"--lease-seconds={lease_seconds}",
         ]
         with (self.folder / "operator.log").open("ab") as output:
             self._operator = subprocess.Popen(
                 command, env=environment(KUBECONFIG=str(kubeconfig)), stdout=output, stderr=output
             )
+
+    @property
+    def operator_lives(self) -> bool:
+        return self._operator is not None and self._operator.poll() is None
+
+    def kill_operator(self) -> None:
+        """From one instruction to the next; `stop_operator` then takes what is left of it."""
+        if self._operator is not None:
+            self._operator.kill()
 
     def stop_operator(self, *, kill: bool = False) -> None:
         if self._operator is None:
@@ -121,10 +142,14 @@ class Site:
         """One object, or the list of all of them. By a request of our own: a kubectl each time is most of a core."""
         path = _collection(kind, namespace) + (f"/{name}" if name else "")
         query = f"?labelSelector={quote(labels)}" if labels else ""
-        code, answer = await asyncio.to_thread(self.cluster.request, "GET", path + query)
-        if code != HTTPStatus.OK:
-            raise SiteError(f"GET {path}{query}: {code} {answer}")
-        return answer
+        for _ in range(20):
+            code, answer = await asyncio.to_thread(self.cluster.request, "GET", path + query)
+            if code == HTTPStatus.OK:
+                return answer
+            if code != HTTPStatus.TOO_MANY_REQUESTS:  # as while a new kind's storage is still made
+                break
+            await asyncio.sleep(0.5)
+        raise SiteError(f"GET {path}{query}: {code} {answer}")
 
     async def wait(self, what: str, ready: Callable[[], Any], seconds: float) -> Any:
         """Until `ready()` (awaited) is truthy; its value. Says what was missing when it takes too long."""
@@ -158,12 +183,14 @@ class Site:
 
     async def _sample(self) -> None:
         """Many times a second: may the hardware draw more than a person allowed?"""
+        watch = BudgetWatch()
         while True:
-            if self.samples % 20 == 0:
+            read_anew = self.samples % 20 == 0
+            if read_anew:
                 self._domains = await self._list(PowerDomain)
                 nodes = await self._list(GPUNode)
                 self._overheads = {node.metadata.name: node.spec.overhead_milliwatts for node in nodes}
-            found = breaches(self._domains, self.truth()) if self._domains else []
+            found = watch.look(self._domains, self.truth(), read_anew=read_anew)
             self.breaches += found[: 100 - len(self.breaches)]
             self.samples += 1
             await asyncio.sleep(SAMPLE_SECONDS)
@@ -189,8 +216,27 @@ def _collection(kind: str, namespace: str) -> str:
     return f"{prefix}{where}/{plural}"
 
 
-def install_chart(cluster: Cluster) -> None:
+def install_chart(cluster: Cluster, values: tuple[str, ...] = ()) -> None:
     """CRDs, RBAC, admission policy and rules of the chart; its two workloads run as processes here."""
+    crds, rest = render_chart(values)
+    cluster.kubectl("create", "namespace", SYSTEM_NAMESPACE, check=False)
+    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(crds))
+    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
+    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(rest))
+    # Its garbage collector looks for new kinds every 30 s, and asks again for an owner of a kind that it did not
+    # know after up to a minute: what belongs to a factory deleted soon would stay so long. Started anew, it knows.
+    cluster.stop_component("kube-controller-manager", kill=True)
+    cluster.start_component("kube-controller-manager")
+
+
+def uninstall_chart(cluster: Cluster, values: tuple[str, ...] = ()) -> None:
+    """As `helm uninstall` would: the kinds stay, and with them every factory."""
+    _, rest = render_chart(values)
+    cluster.kubectl("delete", "--timeout=30s", "-f", "-", input=yaml.safe_dump_all(rest))
+
+
+def render_chart(values: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Its CRDs, and all else but the workloads. `values` are as for helm's --set."""
     helm = ensure_helm()
     rendered = subprocess.run(
         [
@@ -201,6 +247,7 @@ def install_chart(cluster: Cluster) -> None:
             "--namespace",
             SYSTEM_NAMESPACE,
             "--include-crds",
+            *(f"--set={value}" for value in values),
         ],
         capture_output=True,
         text=True,
@@ -210,12 +257,6 @@ def install_chart(cluster: Cluster) -> None:
         raise SiteError(f"the chart cannot be rendered:\n{rendered.stderr}")
     objects = [obj for obj in yaml.safe_load_all(rendered.stdout) if obj]
     crds = [obj for obj in objects if obj["kind"] == "CustomResourceDefinition"]
-    rest = [obj for obj in objects if obj["kind"] not in {"CustomResourceDefinition", *_RUN_AS_PROCESSES}]
-    cluster.kubectl("create", "namespace", SYSTEM_NAMESPACE, check=False)
-    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(crds))
-    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
-    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(rest))
-    # Its garbage collector looks for new kinds every 30 s, and asks again for an owner of a kind that it did not
-    # know after up to a minute: what belongs to a factory deleted soon would stay so long. Started anew, it knows.
-    cluster.stop_component("kube-controller-manager", kill=True)
-    cluster.start_component("kube-controller-manager")
+    return crds, [
+        obj for obj in objects if obj["kind"] not in {"CustomResourceDefinition", *_RUN_AS_PROCESSES}
+    ]

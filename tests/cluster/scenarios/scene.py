@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tokenfactory.twin.fleet import NodePlan
-from tokenfactory.twin.invariants import Breach
 from tokenfactory.twin.site import Site
 
 _numbers = itertools.count(1)
@@ -109,24 +108,15 @@ class Scene:
     async def begin(self) -> None:
         await self.site.apply(NAMESPACE % self.namespace)
         await self.site.apply(hall())
-        await self.until("the limits to be the usual ones", self._usual)
+        await self.until("every node to obey the hall's sheet", lambda: self.obeyed("hall", 1))
 
     async def end(self) -> None:
         await self.kubectl("delete", "tf", "--all", "-A", "--timeout=120s")
-        await self.until("all replicas to be gone", self._empty)
+        await self.until("all replicas to be gone", self.empty)
         broken, self.site.breaches[:] = [str(breach) for breach in self.site.breaches], []
         assert broken == []
 
-    async def _usual(self) -> bool:
-        found = await self.site.status("pd", "hall")
-        rested = watts(found.get("charge", "99kW")) <= IDLE_WATTS
-        return (
-            rested
-            and found.get("limit") == "14kW"
-            and await self.condition("pd", "hall", "Enforced") == "True"
-        )
-
-    async def _empty(self) -> bool:
+    async def empty(self) -> bool:
         pods = await self.site.get("pods", labels="tokenfactory.dev/factory")
         nodes = await self.site.get("gn")
         return not pods["items"] and not any(node["spec"].get("pods") for node in nodes["items"])
@@ -153,6 +143,36 @@ class Scene:
     async def patch(self, kind: str, name: str, change: dict[str, Any], *, namespaced: bool = True) -> None:
         where = ("-n", self.namespace) if namespaced else ()
         await self.kubectl(*where, "patch", kind, name, "--type=merge", "-p", json.dumps(change))
+
+    async def limit(self, limit: str, name: str = "hall") -> None:
+        await self.patch("pd", name, {"spec": {"limit": limit}}, namespaced=False)
+
+    async def lower(self, limit: str, name: str = "hall") -> None:
+        """Lower a limit; as soon as every agent says that it obeys the new sheet, the hardware is within it."""
+        before = (await self.site.get("sheet", name))["spec"]["epoch"]
+        await self.limit(limit, name)
+        await self.until("every agent to obey the lower sheet", lambda: self.obeyed(name, before + 1))
+        assert self.drawing() <= watts(limit), f"obeyed, and {self.drawing():.0f} W may be drawn"
+
+    async def obeyed(self, name: str, epoch: int) -> bool:
+        """Does every agent that is alive under this domain obey its sheet, and is that of `epoch` or later?"""
+        sheets = [
+            each["spec"]
+            for each in (await self.site.get("sheet"))["items"]
+            if each["metadata"]["name"] == name
+        ]
+        applied = [
+            {entry["domain"]: entry["epoch"] for entry in node.get("status", {}).get("applied", [])}.get(
+                name, 0
+            )
+            for node in (await self.site.get("gn"))["items"]
+            if name in node["spec"].get("path", []) and self._lives(node["metadata"]["name"])
+        ]
+        everybody = len(applied) == sum(map(self._lives, self.site.fleet.nodes))
+        return everybody and all(epoch <= sheet["epoch"] <= min(applied) for sheet in sheets) and bool(sheets)
+
+    def _lives(self, node: str) -> bool:
+        return self.site.fleet.nodes[node].hollow.alive
 
     # --- looking
 
@@ -236,15 +256,6 @@ class Scene:
             )
             / 1000
         )
-
-    def only_fell(self) -> list[Breach]:
-        """Breaches that a lowered limit explains are taken off the record: while it lasted, the draw only fell."""
-        found = list(self.site.breaches)
-        self.site.breaches.clear()
-        for name in {breach.domain for breach in found}:
-            draws = [breach.drawing_milliwatts for breach in found if breach.domain == name]
-            assert draws == sorted(draws, reverse=True), f"{name} drew more while it was over its limit"
-        return found
 
 
 def watts(text: str) -> float:

@@ -1,15 +1,14 @@
 """A factory's watts, from the first apply to the last: what is served inside which limit, and what is said of it."""
 
-import asyncio
 from typing import Any
 
 import pytest
-from tests.cluster.scenarios.scene import FULL_WATTS, Scene, domain, hall, model, watts
+from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, Scene, domain, hall, model, watts
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
 ]
 
 
@@ -51,15 +50,10 @@ async def test_a_budget_is_halved_and_restored_under_load(scene: Scene):
     await scene.apply(scene.factory(model(replicas=6)))
     await scene.ready()
     await scene.until("full caps", lambda: full(scene, 6))
-    began = asyncio.get_running_loop().time()
-    await scene.patch("pd", "hall", {"spec": {"limit": "7kW"}}, namespaced=False)
-    await scene.until("the hardware to be within the new limit", lambda: within(scene, 7000))
-    took = asyncio.get_running_loop().time() - began
-    scene.only_fell()
+    await scene.lower("7kW")
     await scene.until("the domain to say so", lambda: compliant(scene, "hall"))
-    assert scene.drawing() <= 7000, f"it was within the limit after {took:.1f} s, and left it again"
     assert len(await scene.replicas()) == 6
-    await scene.patch("pd", "hall", {"spec": {"limit": "14kW"}}, namespaced=False)
+    await scene.limit("14kW")
     await scene.until("full caps again", lambda: full(scene, 6))
 
 
@@ -95,7 +89,7 @@ async def test_a_factory_that_may_not_draw_is_told_which_grant_is_missing(scene:
     await scene.apply(
         hall(more="admits: [{namespaceSelector: {matchLabels: {team: inference}}, maxBand: 50}]")
     )
-    before = await scene.charge()
+    await scene.until("the hall to be at rest", lambda: charged(scene, IDLE_WATTS))
     await scene.apply(scene.factory(model(replicas=1)))
 
     async def refused() -> dict[str, str] | None:
@@ -107,7 +101,7 @@ async def test_a_factory_that_may_not_draw_is_told_which_grant_is_missing(scene:
     assert "spec.admits" in told["message"]
     nodes = await scene.site.get("gn")
     assert not any(node["spec"].get("pods") for node in nodes["items"])
-    assert await scene.charge() == before
+    assert await scene.charge() == IDLE_WATTS
     await scene.kubectl("label", "namespace", scene.namespace, "team=inference")
     await scene.ready()
     await scene.apply(scene.factory(model(replicas=1, band=60)))
@@ -120,9 +114,9 @@ async def full(scene: Scene, count: int) -> bool:
     return len(pods) == count and set(scene.caps(pods)) == {FULL_WATTS}
 
 
-async def within(scene: Scene, limit_watts: float) -> bool:
-    return scene.drawing() <= limit_watts
-
-
 async def compliant(scene: Scene, name: str) -> bool:
     return all([await scene.condition("pd", name, each) == "True" for each in ("Compliant", "Enforced")])
+
+
+async def charged(scene: Scene, charge_watts: float) -> bool:
+    return await scene.charge() == charge_watts

@@ -27,6 +27,7 @@ spec:
   - {name: huge, nim: {image: "nvcr.io/nim/meta/llama-3.1-405b-instruct:1.8.0"}, gpusPerReplica: 8, nodesPerReplica: 2, replicas: {min: 1, max: 2}}
 """
 KEY = ("inference", "chat-huge")
+GROUP = ("inference", "chat-huge-group")
 
 
 @pytest.fixture
@@ -44,14 +45,14 @@ def status(world: SmallWorld):
 
 def group(world: SmallWorld) -> None:
     """What the LeaderWorkerSet controller makes of one replica."""
-    template = world.objects[LeaderWorkerSet][KEY].spec["leaderWorkerTemplate"]
+    template = world.objects[LeaderWorkerSet][GROUP].spec["leaderWorkerTemplate"]
     for worker in range(template["size"]):
         part = template["workerTemplate" if worker else "leaderTemplate"]
         labels = part["metadata"]["labels"] | {
             names.LWS_GROUP_LABEL: "0",
             names.LWS_WORKER_LABEL: str(worker),
         }
-        name = f"chat-huge-0-{worker}"
+        name = f"chat-huge-group-0-{worker}" if worker else "chat-huge-group-0"
         meta = {"name": name, "namespace": "inference", "uid": f"uid-{name}", "labels": labels}
         pod = msgspec.convert({"metadata": meta, "spec": part["spec"]}, Pod)
         gates = (SchedulingGate(name=names.GATE),)
@@ -78,7 +79,7 @@ def test_without_their_crd_nothing_runs_by_halves_and_the_condition_says_what_to
 def test_a_group_is_charged_pod_by_pod_and_serves_as_one_replica(world: SmallWorld):
     world.has_groups = True
     live(world, 3)
-    spec = world.objects[LeaderWorkerSet][KEY].spec
+    spec = world.objects[LeaderWorkerSet][GROUP].spec
     assert (spec["replicas"], spec["leaderWorkerTemplate"]["size"]) == (1, 2)
     assert world.objects[Service][KEY].spec["selector"][names.LWS_WORKER_LABEL] == "0"
     group(world)
@@ -86,7 +87,7 @@ def test_a_group_is_charged_pod_by_pod_and_serves_as_one_replica(world: SmallWor
     nodes = {pod.spec.node_name for pod in world.ready_pods()}
     assert len(nodes) == 2
     granted = {grant.name for node in world.objects[GPUNode].values() for grant in node.spec.pods}
-    assert granted == {"chat-huge-0-0", "chat-huge-0-1"}
+    assert granted == {"chat-huge-group-0", "chat-huge-group-0-1"}
     assert status(world).ready == "1/1"
 
 
@@ -96,7 +97,7 @@ def test_half_a_group_is_no_replica(world: SmallWorld):
     group(world)
     live(world)
     assert status(world).ready == "1/1"
-    lost = world.objects[Pod]["inference", "chat-huge-0-1"]
+    lost = world.objects[Pod]["inference", "chat-huge-group-0-1"]
     world.put(msgspec.structs.replace(lost, status=msgspec.structs.replace(lost.status, conditions=())))
     world.now += timedelta(seconds=20)
     for agent in world.agents.values():

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from tokenfactory.api.token_factory import TokenFactory
-from tokenfactory.controller.workloads import WorkloadOptions, deployment, leader_worker_set
+from tokenfactory.controller.workloads import WorkloadOptions, deployment, group_name, leader_worker_set
 
 OPTIONS = WorkloadOptions(image="tokenfactory:test")
 
@@ -75,3 +75,32 @@ def test_a_container_that_restarts_goes_through_the_gate_where_the_cluster_can_d
     pods = [groups["leaderTemplate"]["spec"], groups["workerTemplate"]["spec"], *pods_of(made)]
     assert not [pod for pod in pods if "restartPolicyRules" in pod["containers"][0]]
     assert groups["restartPolicy"] == "RecreateGroupOnPodRestart"
+
+
+def env_of(pod: dict) -> dict[str, str]:
+    return {each["name"]: each.get("value", "from the pod") for each in pod["containers"][0]["env"]}
+
+
+def test_the_pods_of_a_group_are_told_of_it_and_what_a_person_says_stands():
+    _, leader, worker = map(env_of, pods_of(factory()))
+    assert leader["NIM_MULTI_NODE"] == worker["NIM_MULTI_NODE"] == "1"
+    assert (leader["NIM_LEADER_ROLE"], worker["NIM_LEADER_ROLE"]) == ("1", "0")
+    assert (leader["NIM_TENSOR_PARALLEL_SIZE"], leader["NIM_PIPELINE_PARALLEL_SIZE"]) == ("1", "2")
+    assert worker["NIM_NODE_RANK"] == "from the pod"
+    split = {"env": [{"name": "NIM_PIPELINE_PARALLEL_SIZE", "value": "1"}]}
+    for pod in pods_of(factory(**split))[1:]:
+        names = [each["name"] for each in pod["containers"][0]["env"]]
+        assert len(names) == len(set(names))
+        assert env_of(pod)["NIM_PIPELINE_PARALLEL_SIZE"] == "1"
+    assert "NIM_PIPELINE_PARALLEL_SIZE" not in env_of(pods_of(factory(profile="sglang-h100-bf16-tp8-pp2"))[1])
+
+
+def test_a_group_has_a_name_of_its_own_that_leaves_room_for_what_is_appended():
+    made = factory()
+    model = made.spec.models[0]
+    assert group_name(made, model) == "chat-small-group"
+    long = [msgspec.structs.replace(model, name="m" * 20 + last) for last in "ab"]
+    wide = msgspec.structs.replace(made, metadata=msgspec.structs.replace(made.metadata, name="f" * 30))
+    both = {group_name(wide, each) for each in long}
+    assert len(both) == 2
+    assert {len(name) for name in both} == {48}

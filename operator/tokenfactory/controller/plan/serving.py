@@ -11,6 +11,7 @@ from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import (
     WorkloadOptions,
     deployment,
+    group_name,
     is_as,
     leader_worker_set,
     service,
@@ -29,9 +30,9 @@ def serve(world: World, staffing: Staffing, options: WorkloadOptions) -> list[Ac
         if factory.metadata.deletion_timestamp:
             continue
         for model in factory.spec.models:
-            key = (factory.metadata.namespace or "", workload_name(factory, model))
-            wanted |= {(_kind(model), key), (Service, key)}
-            actions += _keep(world, factory, model, staffing.count(factory_key, model.name), key, options)
+            runs, front = _slots(factory, model)
+            wanted |= {runs, front}
+            actions += _keep(world, factory, model, staffing.count(factory_key, model.name), options)
     there: list[Workload] = [
         *world.snapshot.deployments.values(),
         *(world.snapshot.leader_worker_sets or {}).values(),
@@ -50,17 +51,22 @@ def lacks_groups(world: World, model: ModelSpec) -> bool:
     return model.nodes_per_replica > 1 and world.snapshot.leader_worker_sets is None
 
 
-def _kind(model: ModelSpec) -> type[Deployment | LeaderWorkerSet]:
-    return LeaderWorkerSet if model.nodes_per_replica > 1 else Deployment
+def _slots(factory: TokenFactory, model: ModelSpec) -> tuple[Slot, Slot]:
+    """Where what runs the model is, and its Service."""
+    namespace = factory.metadata.namespace or ""
+    key = (namespace, workload_name(factory, model))
+    if model.nodes_per_replica > 1:
+        return (LeaderWorkerSet, (namespace, group_name(factory, model))), (Service, key)
+    return (Deployment, key), (Service, key)
 
 
 def _keep(
-    world: World, factory: TokenFactory, model: ModelSpec, count: int, key: Key, options: WorkloadOptions
+    world: World, factory: TokenFactory, model: ModelSpec, count: int, options: WorkloadOptions
 ) -> list[Action]:
     if lacks_groups(world, model):
         return []
     actions: list[Action] = []
-    kind = _kind(model)
+    (kind, key), (_, front_key) = _slots(factory, model)
     make = leader_worker_set if kind is LeaderWorkerSet else deployment
     wanted = make(factory, model, count, options)
     held: Workload | None = world.snapshot.deployments.get(key)
@@ -74,9 +80,9 @@ def _keep(
         )
         actions.append(ApplyWorkload(kind, key, wanted, reason))
     front = service(factory, model)
-    held_service = world.snapshot.services.get(key)
+    held_service = world.snapshot.services.get(front_key)
     if held_service is None or not is_as(held_service, front):
-        actions.append(ApplyWorkload(Service, key, front, f"an address for {model.name}"))
+        actions.append(ApplyWorkload(Service, front_key, front, f"an address for {model.name}"))
     return actions
 
 

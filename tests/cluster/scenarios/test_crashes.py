@@ -1,0 +1,34 @@
+"""An operator killed at its writes, before they are done or after, ends where a fresh deploy of the last spec does.
+
+A factory is applied, the budget is cut, one of its models is removed: each of these loses its operator once, at a
+write that the seed chooses. `make crash` (crash_search.py) goes on until operators have died at every write there is.
+"""
+
+import os
+import random
+
+import pytest
+from tests.cluster.scenarios.crashes import Mortal, Point
+from tests.cluster.scenarios.scene import Scene
+from tests.cluster.scenarios.story import STORY, emptied, fresh
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="session"),
+]
+SEED = int(os.environ.get("SEED", "1"))
+
+
+async def test_killed_at_a_write_of_each_chapter_the_end_is_that_of_a_fresh_deploy(scene: Scene):
+    chosen = random.Random(SEED)
+    async with Mortal(scene) as mortal:
+        expected = await fresh(scene, mortal, STORY["model removed"][1])
+        await emptied(scene)
+        for name in ("apply", "cut", "model removed"):
+            crash = mortal.dies_at(Point(chosen.randint(1, 6), landed=chosen.random() < 0.5))
+            await STORY[name][0](scene)
+            await mortal.survived(crash)
+            await scene.ready()
+        await mortal.rested(expected)
+    assert sum(mortal.deaths.values()) == 3

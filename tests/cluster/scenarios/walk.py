@@ -1,0 +1,139 @@
+"""Random histories of a site: factories with specs drawn from their CRD's schema, limits, cordons, dying operators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from tests.cluster.scenarios.crashes import Mortal, Point, outcome
+from tests.cluster.scenarios.scene import Scene
+from tests.cluster.scenarios.story import emptied
+from tests.unit.controller.specs import specs
+
+from tokenfactory.twin.demo import storage
+from tokenfactory.twin.faultproxy import Crash
+
+AMPLE = "20kW"
+MEASURED = {"EfficiencyMet", "SLOMet"}
+"""What these say depends on what was metered lately, and so on when one looks."""
+Step = tuple[Any, ...]
+
+_names = st.sampled_from(["chat", "search"])
+_steps = st.one_of(
+    st.tuples(st.just("apply"), _names, specs()),
+    st.tuples(st.just("apply"), _names, specs()),
+    st.tuples(st.just("delete"), _names),
+    st.tuples(st.just("hall"), st.sampled_from(["7kW", "8kW", "10kW", AMPLE])),
+    st.tuples(st.just("cordon"), st.integers(1, 4), st.booleans()),
+    st.tuples(st.just("crash"), st.integers(1, 12), st.booleans()),
+    st.tuples(st.just("writes"), st.integers(1, 15)),
+)
+
+
+def walk_of(number: int, length: int) -> list[Step]:
+    """The `number`-th walk: always the same. It begins with a factory, and an operator dies in it."""
+    found: list[list[Step]] = []
+
+    @seed(number)
+    @settings(
+        max_examples=12, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(
+        st.tuples(_names, specs()),
+        st.tuples(st.integers(1, 12), st.booleans()),
+        st.lists(_steps, min_size=length, max_size=length),
+    )
+    def take(first: tuple[Any, ...], crash: tuple[Any, ...], more: list[Step]) -> None:
+        found.append([("crash", *crash), ("apply", *first), *more])
+
+    take()
+    return [_with_steady_replicas(step) for step in found[-1]]  # the first ones are the simplest
+
+
+def _with_steady_replicas(step: Step) -> Step:
+    """How many there are between min and max is a matter of minutes of traffic."""
+    if step[0] != "apply":
+        return step
+    spec = json.loads(json.dumps(step[2]))
+    for model in spec["models"]:
+        least = model.get("replicas", {}).get("min", 1)
+        model["replicas"] = {"min": least, "max": least}
+    return ("apply", step[1], spec)
+
+
+def last_specs(steps: Iterable[Step]) -> dict[str, Any]:
+    wanted: dict[str, Any] = {}
+    for step in steps:
+        match step:
+            case ("apply", name, spec):
+                wanted[name] = spec
+            case ("delete", name):
+                wanted.pop(name, None)
+    return wanted
+
+
+class Walker:
+    def __init__(self, scene: Scene, mortal: Mortal) -> None:
+        self._scene = scene
+        self._mortal = mortal
+        self._crash: Crash | None = None
+
+    async def follow(self, steps: list[Step]) -> None:
+        """Then all is made ample again, and what there is must be what a fresh deploy of the last specs gives."""
+        await self._scene.apply(storage(self._scene.site.fleet.claims, self._scene.namespace))
+        expected = await self._fresh(last_specs(steps))
+        await emptied(self._scene)
+        for step in steps:
+            await self._take(step)
+            await self._tend()
+        for number in range(1, 5):
+            await self._take(("cordon", number, False))
+        await self._take(("hall", AMPLE))
+        await self._mortal.rested(expected, self._crash, lasting)
+        assert self._scene.site.breaches == []
+
+    async def _fresh(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        await self._take(("hall", AMPLE))
+        for name, spec in wanted.items():
+            await self._take(("apply", name, spec))
+        await self._mortal.quiet()
+        return lasting(await outcome(self._scene))
+
+    async def _take(self, step: Step) -> None:
+        scene = self._scene
+        match step:
+            case ("apply", name, spec):
+                await scene.apply(factory(name, scene.namespace, spec))
+            case ("delete", name):
+                await scene.mine("delete", "tf", name, "--ignore-not-found", "--wait=false")
+            case ("hall", limit):
+                await scene.limit(limit)
+            case ("cordon", number, on):
+                await scene.kubectl("cordon" if on else "uncordon", f"gpu-{number}")
+            case ("crash", number, landed) if self._crash is None:
+                self._crash = self._mortal.dies_at(Point(number, landed))
+            case ("writes", count):
+                await self._mortal.writes_more(count)
+
+    async def _tend(self) -> None:
+        if self._crash is not None and self._crash.happened.is_set():
+            await self._mortal.revive()
+            self._crash = None
+
+
+def lasting(found: dict[str, Any]) -> dict[str, Any]:
+    """An outcome without what was measured."""
+    factories = {
+        name: {**each, "conditions": [known for known in each["conditions"] if known[0] not in MEASURED]}
+        for name, each in found["factories"].items()
+    }
+    return {**found, "factories": factories}
+
+
+def factory(name: str, namespace: str, spec: dict[str, Any]) -> str:
+    meta = {"name": name, "namespace": namespace}
+    kind = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "TokenFactory"}
+    return json.dumps({**kind, "metadata": meta, "spec": spec})
