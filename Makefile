@@ -81,7 +81,7 @@ model: venv ## every history of small sites, exhaustively, and each deliberate b
 	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.fault.model
 
 .PHONY: crash
-crash: tools ## an operator killed at every write of a story on a real control plane (most of an hour)
+crash: tools ## an operator killed at every write on a real control plane, and random walks: most of an hour [SEED= WALKS=]
 	$(PY) -m pytest -q -s tests/cluster/scenarios/crash_search.py
 
 .PHONY: bench

@@ -16,6 +16,7 @@ LONGEST_FIRST = (
     "tests/cluster/scenarios/test_operations.py",
     "tests/unit/planning/placement/test_optimum.py",
     "tests/cluster/scenarios/test_power.py",
+    "tests/cluster/scenarios/test_crashes.py",
     "tests/node/",
     "tests/agent/test_agent_process.py",
     "tests/cluster/test_controlplane.py",

@@ -1,4 +1,4 @@
-"""One site for all scenarios of a run: control plane, operator, four GPU nodes in two racks of one hall."""
+"""One site for all scenarios of a module: control plane, operator, four GPU nodes in two racks of one hall."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.site import Site
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
     folder: Path = tmp_path_factory.mktemp("site")
     with Cluster.up(folder / "cluster") as cluster:
@@ -19,7 +19,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
             yield running
 
 
-@pytest_asyncio.fixture(loop_scope="session")
+@pytest_asyncio.fixture(loop_scope="module")
 async def scene(site: Site) -> AsyncIterator[Scene]:
     """The site at rest, with its usual limits and no factory; the budget held when it is handed back."""
     scene = Scene(site)

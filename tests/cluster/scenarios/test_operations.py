@@ -12,7 +12,7 @@ from tokenfactory.api.cap_sheet import renewal_name
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.asyncio(loop_scope="module"),
 ]
 GPUS = 2
 

@@ -8,7 +8,7 @@ from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, Scene, domain,
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.asyncio(loop_scope="module"),
 ]
 
 
