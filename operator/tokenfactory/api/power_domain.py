@@ -73,7 +73,8 @@ class Admit(Api, frozen=True, kw_only=True):
     budget: Annotated[
         LimitText | None,
         Meta(
-            description="What they may draw together; a percentage is of the domain's limit; absent: all of it."
+            description="What all factories of these namespaces may draw together here and below, whatever other entries"
+            " select them too; a percentage is of the domain's limit; absent: all of it."
         ),
     ] = None
 

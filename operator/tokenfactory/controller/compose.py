@@ -19,6 +19,7 @@ from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
 from tokenfactory.controller.plan.placing import grant, open_gates
+from tokenfactory.controller.plan.purses import held_to, spending
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.refusing import refusals
 from tokenfactory.controller.plan.replicating import staff
@@ -73,7 +74,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         for wish in choice.wishes
     ]
     arrived = with_arrivals(world, ledger, grid.places, grid.facts)
-    granting = grant(world, arrived, list(choice.wishes))
+    spent = spending(world, grid, arrived)
+    granting = grant(world, arrived, spent, list(choice.wishes))
     charging = charge_nodes(
         world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
     )
@@ -81,6 +83,9 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
     unreadable = bool(snapshot.unreadable)
+    if spent.allotments and cleared is not None:
+        lowest = {label: hull.milliwatts[0] for label, hull in cleared.hulls.items()}
+        targets = held_to(spent, with_charges(ledger, charging, grid.facts), targets, lowest)
     sheets = _sheets(ledger, charging, grid, targets, may_rise=not unreadable)
     actions: list[Action] = _publish(world, sheets)
     actions += charging
@@ -89,7 +94,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions += less.actions
     actions += serve(world, less.staffing, options.workloads)
     unplaced = (*choice.unplaced, *granting.waiting)
-    books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less)
+    books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent)
     actions += _tell(books)
     actions += _unread(snapshot.unread_factories, memory.unread)
     actions += retire(world, ledger)

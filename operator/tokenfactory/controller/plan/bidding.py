@@ -19,15 +19,17 @@ from tokenfactory.api.quantities import (
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.purses import factory_name, for_sale
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import budgets, catalogue
 from tokenfactory.planning.power.efficiency import Draw, PriceFloor, draw_of, find_price_floor, thresholds
 from tokenfactory.planning.power.forest import Fleet, Forest, muster
-from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass, gather_goods
+from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.market import Clearing, Market
 from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked, unknown
+from tokenfactory.planning.power.zones import Allotment, Sale, put_on_sale
 
 FactoryKey = tuple[str, str]
 _LEAST_VALUE = 1e-15
@@ -48,19 +50,29 @@ class Supply:
     """The fleet as the market takes it."""
 
     forest: Forest
-    goods: Goods
+    sale: Sale
     fleet: Fleet
     committed: IntArray
     limits: IntArray
-    purses: tuple[budgets.Purse, ...]
     named: tuple[tuple[int, int], ...]
     """(domain, class) pairs whose sheets must name the class, whether or not its GPUs there are for sale."""
+
+    @property
+    def goods(self) -> Goods:
+        return self.sale.goods
+
+    def class_name(self, domain: str, label: str) -> str | None:
+        """What a class of GPUs is called on the market, in this domain."""
+        at = self.forest.index.get(domain)
+        return None if at is None else self.sale.name(at, label)
 
     def settle(
         self, floors: Mapping[int, float] | None = None, limits: IntArray | None = None
     ) -> budgets.Settled:
         at = self.limits if limits is None else limits
-        return budgets.settle(self.forest, self.goods, self.fleet, self.committed, at, self.purses, floors)
+        return budgets.settle(
+            self.forest, self.goods, self.fleet, self.committed, at, self.sale.purses, floors
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def clear(
         if label not in ranges and idle in ranges and find_model(world, label):
             ranges[label] = ranges[idle]
     hulls = hulls_of(world, ranges)
-    supply = _supply(world, grid, stands, committed, hulls)
+    supply = _supply(world, grid, stands, committed, hulls, for_sale(world, grid, ledger))
     floors = _price_floors(world, grid, ledger, supply)
     index = supply.goods.factories.index if supply.goods.factories else None
     by_index = {
@@ -119,8 +131,7 @@ def with_added(cleared: Cleared, gpus: Mapping[tuple[str, str], int]) -> Clearin
     if not gpus:
         return clearing
     supply, market = cleared.supply, clearing.market
-    forest, index = supply.forest, supply.goods.index
-    fleet = market.fleet
+    forest, fleet = supply.forest, market.fleet
     counts = dict(
         zip(
             zip(fleet.domain.tolist(), fleet.class_index.tolist(), strict=True),
@@ -129,13 +140,14 @@ def with_added(cleared: Cleared, gpus: Mapping[tuple[str, str], int]) -> Clearin
         )
     )
     for (domain, label), count in gpus.items():
-        idle = index.get(names.idle_class(names.class_product(label)))
-        if domain not in forest.index or label not in index or idle is None:
+        at = forest.index.get(domain, -1)
+        idle = supply.sale.number(at, names.idle_class(names.class_product(label)))
+        number = supply.sale.number(at, label)
+        if at < 0 or number is None or idle is None:
             continue
-        at = forest.index[domain]
         moved = min(count, counts.get((at, idle), 0))
         counts[at, idle] = counts.get((at, idle), 0) - moved
-        counts[at, index[label]] = counts.get((at, index[label]), 0) + moved
+        counts[at, number] = counts.get((at, number), 0) + moved
     pairs = sorted(pair for pair, count in counts.items() if count > 0)
     changed = Fleet(
         np.array([domain for domain, _ in pairs], dtype=np.int64),
@@ -305,25 +317,25 @@ def _supply(
     stands: Mapping[tuple[str, str], _Stand],
     committed: Mapping[str, int],
     hulls: Mapping[str, Hull],
+    purses: tuple[Allotment, ...],
 ) -> Supply:
     forest = grid.tree.forest
-    labels = sorted(hulls)
-    classes = tuple(_power_class(world, label, hulls[label]) for label in labels)
-    goods = gather_goods(classes)
-    number = {each.name: index for index, each in enumerate(goods.classes)}
+    classes = {label: _power_class(world, label, hull) for label, hull in hulls.items()}
+    sale = put_on_sale(forest, classes, purses)
     caller = {name: index for index, name in enumerate(grid.tree.domains)}
     keys = sorted(stands)
+    sold_as = [sale.sold_as(forest.index[domain], label) for domain, label in keys]
     fleet = muster(
         forest,
         np.array([caller[domain] for domain, _ in keys], dtype=np.int64),
-        np.array([number[label] for _, label in keys], dtype=np.int64),
-        len(classes),
+        np.array(sold_as, dtype=np.int64),
+        len(sale.goods.classes),
         np.array([stands[key].count for key in keys], dtype=np.int64),
     )
     owed = np.array([committed.get(name, 0) for name in forest.names], dtype=np.int64)
     limits = np.array([grid.domains[name].usable_milliwatts for name in forest.names], dtype=np.int64)
-    named = tuple((int(forest.position[caller[domain]]), number[label]) for domain, label in keys)
-    return Supply(forest, goods, fleet, owed, limits, _purses(world, grid, goods), named)
+    named = tuple((forest.index[domain], number) for (domain, _), number in zip(keys, sold_as, strict=True))
+    return Supply(forest, sale, fleet, owed, limits, named)
 
 
 def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
@@ -343,7 +355,7 @@ def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
         label,
         band=model.band,
         value_per_token=float(parse_decimal(model.value_per_million_tokens)) / 1e6,
-        factory=_name(factory),
+        factory=factory_name(factory),
         gpus_per_replica=model.gpus_per_replica,
         min_replicas=model.replicas.min,
         idle_milliwatts=_idle_milliwatts(label),
@@ -355,24 +367,6 @@ def _idle_milliwatts(label: str) -> int:
     return catalogue.product_of(names.class_product(label)).idle_milliwatts
 
 
-def _name(factory: TokenFactory) -> str:
-    return f"{factory.metadata.namespace}/{factory.metadata.name}"
-
-
-def _purses(world: World, grid: Grid, goods: Goods) -> tuple[budgets.Purse, ...]:
-    """Factories with a budget of their own."""
-    found = []
-    for factory in world.snapshot.factories.values():
-        power = factory.spec.power
-        if power.budget is None or power.domain not in grid.domains:
-            continue
-        members = np.array([each.factory == _name(factory) for each in goods.classes], dtype=np.bool_)
-        if members.any():
-            whole = Milliwatts(grid.limit(power.domain))
-            found.append(budgets.Purse(_name(factory), members, parse_power_or_percent(power.budget, whole)))
-    return tuple(found)
-
-
 # --- efficiency
 
 
@@ -381,7 +375,7 @@ def _price_floors(world: World, grid: Grid, ledger: Ledger, supply: Supply) -> d
     found: dict[str, PriceFloor] = {}
     for factory in world.snapshot.factories.values():
         efficiency = factory.spec.efficiency
-        name = _name(factory)
+        name = factory_name(factory)
         if efficiency is None or name not in supply.goods.factories:
             continue
         number = supply.goods.factories.index(name)
@@ -435,14 +429,14 @@ def _targets(
             below[position].add(number)
     targets: dict[str, dict[str, Allowance]] = {}
     for position, name in enumerate(forest.names):
-        caps, low = settled.clearing.sheet(position), lowest.clearing.sheet(position)
+        numbers = sorted(below[position])
+        caps = supply.sale.sheet(settled.clearing, position, numbers)
+        low = supply.sale.sheet(lowest.clearing, position, numbers)
         targets[name] = {}
-        for number in sorted(below[position]):
-            each = supply.goods.classes[number]
-            hull = hulls[each.name]
-            cap = int(caps[number])
-            fallback = min(cap, int(low[number]), worthwhile(hull))
-            targets[name][each.name] = Allowance(cap, max(fallback, min(cap, each.milliwatts[0])))
+        for label, cap in sorted(caps.items()):
+            hull = hulls[label]
+            fallback = min(cap, low[label], worthwhile(hull))
+            targets[name][label] = Allowance(cap, max(fallback, min(cap, hull.milliwatts[0])))
     return targets
 
 

@@ -9,6 +9,7 @@ from tokenfactory.controller.plan.bidding import Cleared
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.memory import EnergyWindow
 from tokenfactory.controller.plan.placing import Unplaced
+from tokenfactory.controller.plan.purses import Spending
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.shedding import Shed
 from tokenfactory.controller.plan.world import World
@@ -28,3 +29,4 @@ class Books:
     energy: Mapping[Key, EnergyWindow]
     unplaced: Sequence[Unplaced]
     shed: Shed
+    spending: Spending

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from tokenfactory.api import names
 from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.controller.plan.admitting import refusals
-from tokenfactory.controller.plan.bidding import hulls_of, model_hull, worthwhile
+from tokenfactory.controller.plan.bidding import model_hull, worthwhile
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.quarantining import health_of
 from tokenfactory.controller.plan.refusing import Refusals
+from tokenfactory.controller.plan.rooms import Rooms, Wanted
 from tokenfactory.controller.plan.world import GpuHost, Replica, World, gpus_asked
 from tokenfactory.kube.resources import Key, key_of
 from tokenfactory.planning.placement.inputs import (
@@ -49,6 +50,8 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
     if not waiting:
         return Choice((), ())
     ranges = _ranges(world)
+    # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
+    rooms = Rooms(world, grid, ledger, ranges)
     grouped = any(replica.group for replica in waiting.values())
     health = health_of(world)
     local = _on_disk(world)
@@ -69,13 +72,13 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
     for name, replica in sorted(waiting.items()):
         slot = (key_of(replica.factory), replica.model.name)
         if slot not in alike:
-            asked = _request(world, grid, name, replica, ranges)
+            asked = rooms.refuse(_request(world, grid, name, replica, ranges), replica)
             alike[slot] = replace(asked, not_on=refused.nodes(slot))
         pods.append(replace(alike[slot], name=name, gang=replica.group))
     plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
-    wishes = tuple(Wish(waiting[placed.pod], placed.node, placed.message) for placed in plan.placed)
+    wishes, spent = rooms.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
-    return Choice(wishes, unplaced)
+    return Choice(wishes, (*unplaced, *spent))
 
 
 def _fabric(host: GpuHost, labels: Mapping[str, str], *, grouped: bool) -> str:
@@ -197,21 +200,14 @@ def _headroom(world: World, grid: Grid, ledger: Ledger) -> dict[str, int]:
     A silent node gives nothing back (P4): it counts with its whole charge.
     """
     left = {name: domain.usable_milliwatts for name, domain in grid.domains.items()}
-    wanted: dict[tuple[str, int, int], int] = {}
+    wanted = Wanted(world)
     for entry in ledger.entries.values():
         line = entry.line
         total = line.fixed
         if not entry.facts.heard or entry.kind != "Charged":
             total = ledger.line_charge(line)
         else:
-            for demand in line.expected():
-                key = (demand.class_name, demand.low, demand.high)
-                if key not in wanted:
-                    hull = hulls_of(world, {demand.class_name: (demand.low, demand.high)})[demand.class_name]
-                    wanted[key] = worthwhile(hull)
-                total += demand.count * (
-                    wanted[key] if entry.facts.guarded else max(wanted[key], demand.base)
-                )
+            total += sum(demand.count * wanted.each(demand, entry) for demand in line.expected())
         for domain in line.domains:
             if domain in left:
                 left[domain] -= total

@@ -16,6 +16,7 @@ from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.controller.actions import Action, OpenGate
 from tokenfactory.controller.plan.nodes import new_grant
+from tokenfactory.controller.plan.purses import Spending, lacking
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
 from tokenfactory.planning.power.ledger import Ledger
 
@@ -46,8 +47,11 @@ class Granting:
     waiting: tuple[Unplaced, ...] = ()
 
 
-def grant(world: World, ledger: Ledger, wishes: list[Wish]) -> Granting:
-    """P3: the charge is admitted by every domain, at once and by every sheet that may be obeyed, or it waits."""
+def grant(world: World, ledger: Ledger, spent: Spending, wishes: list[Wish]) -> Granting:
+    """P3: the charge is admitted by every domain, at once and by every sheet that may be obeyed, or it waits.
+
+    So it does for what a domain grants to some together (`spec.admits[].budget`).
+    """
     granted: dict[str, list[Replica]] = {}
     waiting = []
     for wish in wishes:
@@ -58,10 +62,16 @@ def grant(world: World, ledger: Ledger, wishes: list[Wish]) -> Granting:
         if not admission.admitted or host.held is None:
             waiting.append(Unplaced(wish.replica, "WaitingForWatts", "; ".join(admission.why)))
             continue
-        granted.setdefault(wish.node, []).append(wish.replica)
-        pods = tuple(new_grant(replica, host) for replica in granted[wish.node])
+        pods = tuple(new_grant(replica, host) for replica in (*granted.get(wish.node, ()), wish.replica))
         spec = msgspec.structs.replace(host.held.spec, pods=(*host.held.spec.pods, *pods))
-        ledger = ledger.with_node(msgspec.structs.replace(host.held, spec=spec))
+        node = msgspec.structs.replace(host.held, spec=spec)
+        after = ledger.with_node(node)
+        spent_after, short = lacking(spent, ledger, after, node)
+        if short:
+            waiting.append(Unplaced(wish.replica, "WaitingForWatts", "; ".join(short)))
+            continue
+        granted.setdefault(wish.node, []).append(wish.replica)
+        ledger, spent = after, spent_after
     return Granting(granted, tuple(waiting))
 
 

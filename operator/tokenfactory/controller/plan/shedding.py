@@ -72,8 +72,10 @@ def shed(
     drained = _drained(world, staffing, before, placed)
     clearing = with_added(cleared, {place: _gpus(world, place[1]) * n for place, n in drained.items()})
     parking = park(clearing)
+    label = cleared.supply.sale.label
+    asleep = {(domain, label(name)): count for (domain, name), count in parking.parked.items()}
     steps = advance(before.steps, needed(clearing, parking), now, patience)
-    parked = settle_parked(before.parked, parking.parked, now, patience)
+    parked = settle_parked(before.parked, asleep, now, patience)
     parked = {place: held for place, held in parked.items() if _may_park(world, place[1])}
     out = _to_evict(world, cleared)
     evicted = settle_parked(before.evicted, out, now, patience)
@@ -243,8 +245,9 @@ def _to_evict(world: World, cleared: Cleared) -> dict[Place, int]:
     """Replicas by where they are, if even the lowest caps are too much. GPUs that are idle already count as freed."""
     gpus: dict[Place, int] = {}
     for each in evictions(cleared.settled.clearing).evictions:
-        if find_model(world, each.class_name):
-            place = (each.domain, each.class_name)
+        label = cleared.supply.sale.label(each.class_name)
+        if find_model(world, label):
+            place = (each.domain, label)
             gpus[place] = gpus.get(place, 0) + each.gpus
     return {place: -(-count // _gpus(world, place[1])) for place, count in gpus.items()}
 

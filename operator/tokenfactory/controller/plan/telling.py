@@ -220,13 +220,12 @@ def _bound_by(books: Books, owner: Owner) -> str:
     """What binds it where its cap is lowest."""
     if books.cleared is None:
         return ""
-    clearing = books.cleared.settled.clearing
-    forest, goods = clearing.market.forest, clearing.market.order.goods
+    settled, supply = books.cleared.settled, books.cleared.supply
     places = books.world.standing.get(owner, frozenset())
     found = [
-        explain(clearing, domain, label, books.cleared.settled.adders)
+        explain(settled.clearing, domain, name, settled.adders)
         for domain, label in sorted(places)
-        if domain in forest.index and label in goods.index
+        if (name := supply.class_name(domain, label)) is not None
     ]
     if not found:
         return ""

@@ -11,6 +11,7 @@ from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, Tok
 from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.placing import Unplaced
+from tokenfactory.controller.plan.purses import factory_name
 from tokenfactory.controller.plan.serving import lacks_groups
 from tokenfactory.controller.plan.status import Verdict, watts
 from tokenfactory.controller.plan.world import Replica, World
@@ -126,7 +127,7 @@ def _behind(world: World, domain: str) -> list[str]:
 def factory_verdicts(books: Books, factory: TokenFactory, facts: FactoryFacts) -> dict[str, Verdict]:
     return {
         "Ready": _ready(books, factory, facts),
-        "WithinBudget": _within(facts),
+        "WithinBudget": _within(books, factory, facts),
         "EfficiencyMet": _efficiency(books, factory, facts),
         "SLOMet": _slo(factory, facts),
         "Recovered": _recovered(facts),
@@ -164,10 +165,12 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
     return (False, "Starting", counted)
 
 
-def _within(facts: FactoryFacts) -> Verdict:
+def _within(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
     over = facts.charge_milliwatts - facts.budget_milliwatts
     if over > 0:
         return (False, "OverBudget", f"it may draw {watts(over)} more than its budget")
+    if shared := books.spending.over(factory_name(factory)):
+        return (False, "OverBudget", f"what it shares with others is overdrawn: {'; '.join(shared)}")
     return (True, "WithinBudget", "its charge fits its budget")
 
 

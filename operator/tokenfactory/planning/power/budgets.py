@@ -8,48 +8,43 @@ about, and the result is still one order of buying for the whole tree.
 
 Raising one purse's price frees watts for the others, which may then overdraw theirs: the purses take
 turns until none does. Prices are compared stage by stage, so a higher band never pays for a lower.
+Where the prices of a settlement just before still do, they stay.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tokenfactory.planning.power.forest import Fleet, Forest
 from tokenfactory.planning.power.goods import (
+    TICKS,
     TURN,
     Adder,
-    BoolArray,
+    FloatArray,
     Goods,
     IntArray,
-    distinct,
     net_prices,
-    put_in_order,
     ranks,
 )
-from tokenfactory.planning.power.market import Clearing, Market
+from tokenfactory.planning.power.market import Clearing
+from tokenfactory.planning.power.pricing import PROHIBITIVE, Purse, Site, lowest_price, prohibitive
 
-# A search for a price ends when this part of the purse is spent; a priced purse that spends less than
-# LEAST_SPENT is priced anew. Both are well inside the 0.1 % that may be lost.
-SPENT = 0.999998
+# A priced purse that spends less than this part of its budget is priced anew: well inside the 0.1 % that may be lost.
 LEAST_SPENT = 0.99995
 TURNS = 15
-SPLITS = 40
+LEAST_SPARED = 0.0001
 CUT_STEPS = 50
 # A purse whose delay moves by less from turn to turn does not take part when several are moved together.
 STANDS_STILL = TURN // 500
-# More than any piece is worth, in a stage's entry of a price.
-PROHIBITIVE = 1 << 50
-
-
-@dataclass(frozen=True)
-class Purse:
-    """A ceiling on the caps of all GPUs of some classes, wherever they stand."""
-
-    name: str
-    members: BoolArray
-    """By class index."""
-    milliwatts: int
+# How far a delay is moved to see what it does, and what the joint search for delays aims at.
+NUDGE = TURN // 64
+AIM = 0.99998
+JOINT_STEPS = 8
+MOST_ALONE = 2
+FAR_OFF = 0.5
+BELIEVED = 64.0
+WORTH_IT = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,29 +58,8 @@ class Settled:
     """Milliwatts by purse."""
     overdrawn: tuple[str, ...]
     """Purses that not even NVML's minimum fits."""
-
-
-@dataclass(frozen=True)
-class _Site:
-    forest: Forest
-    goods: Goods
-    fleet: Fleet
-    committed: IntArray
-    limits: IntArray
-    price_floors: Mapping[int, float] | None
-
-    def clear(self, adders: Mapping[str, Adder]) -> Clearing:
-        order = put_in_order(self.goods, adders.values(), self.price_floors)
-        return Market(self.forest, order, self.fleet, self.committed).clear(self.limits)
-
-    def spent(self, clearing: Clearing, purse: Purse) -> int:
-        mine = purse.members[self.fleet.class_index]
-        return int((self.fleet.gpus * clearing.caps)[mine].sum())
-
-    def overdraws(self, clearing: Clearing, purse: Purse, adders: Mapping[str, Adder]) -> bool:
-        """Whether it spends too much and could still be made to spend less."""
-        closed = purse.name in adders and adders[purse.name].price == _prohibitive(self.goods, purse).price
-        return not closed and self.spent(clearing, purse) > purse.milliwatts
+    clearings: int = 1
+    """How many times the market was cleared to find the prices."""
 
 
 def settle(
@@ -96,38 +70,91 @@ def settle(
     limits: IntArray,
     purses: tuple[Purse, ...] = (),
     price_floors: Mapping[int, float] | None = None,
+    before: Settled | None = None,
 ) -> Settled:
-    """Clears the market within the limits of the tree and of every purse."""
-    site = _Site(forest, goods, fleet, committed, limits, price_floors)
-    adders: dict[str, Adder] = {}
-    clearing = site.clear(adders)
+    """Clears the market within the limits of the tree and of every purse. `before`: where prices begin."""
+    site = Site(forest, goods, fleet, committed, limits, purses, price_floors)
+    adders = _as_before(before, goods, purses)
     found: dict[str, Adder] = {}
+    if not adders:
+        _begin_together(site, adders)
+    # Where each begins alone its first price is rough: it is found again once the others have theirs.
+    alone = not adders and len(purses) > 1
     for turn in range(2 * TURNS):
-        moved = [p for p in purses if _take_turn(site, adders, p, may_fall=turn < TURNS)]
+        rough = alone and turn == 0
+        may_fall = turn < TURNS
+        # Those that chase each other come to rest once each leaves a little more of its purse than the last time.
+        spare = 0.0 if may_fall else LEAST_SPARED * 2 ** min(turn - TURNS, 10)
+        moved = [
+            p for p in purses if _take_turn(site, adders, p, may_fall=may_fall, rough=rough, spare=spare)
+        ]
         if not moved:
             break
         chasing = [p for p in moved if _apart(found.get(p.name), adders.get(p.name)) > STANDS_STILL]
         found = dict(adders)
         for together in _coupled(goods, adders, chasing) if turn else ():
-            _move_together(site, adders, together, may_fall=turn < TURNS)
-    clearing = site.clear(adders)
+            _move_together(site, adders, together, may_fall=may_fall)
+        if may_fall:
+            _aim_together(site, adders)
     # Should the turns not have come to an end, a purse buys nothing rather than too much. What it leaves may
     # overdraw another, so all are asked again.
-    while overdrawn := [p for p in purses if site.overdraws(clearing, p, adders)]:
-        adders[overdrawn[0].name] = _prohibitive(goods, overdrawn[0])
-        clearing = site.clear(adders)
-    spent = {p.name: site.spent(clearing, p) for p in purses}
-    return Settled(clearing, adders, spent, tuple(p.name for p in purses if spent[p.name] > p.milliwatts))
+    while overdrawn := [p for p in purses if site.overdraws(p, adders)]:
+        adders[overdrawn[0].name] = prohibitive(goods, overdrawn[0])
+    clearing = site.clear(adders)
+    spent = {p.name: site.spent(adders)[p.name] for p in purses}
+    short = tuple(p.name for p in purses if spent[p.name] > p.milliwatts)
+    return Settled(clearing, adders, spent, short, site.clearings)
 
 
-def _take_turn(site: _Site, adders: dict[str, Adder], purse: Purse, *, may_fall: bool) -> bool:
+def _as_before(before: Settled | None, goods: Goods, purses: tuple[Purse, ...]) -> dict[str, Adder]:
+    """The prices of an earlier settlement, if they are in today's ticks and stages."""
+    if before is None:
+        return {}
+    earlier = before.clearing.market.order.goods
+    if (earlier.value_per_tick, earlier.bands) != (goods.value_per_tick, goods.bands):
+        return {}
+    closed = (PROHIBITIVE,) * goods.stages
+    return {
+        p.name: Adder(p.members, adder.price, adder.delay)
+        for p in purses
+        if (adder := before.adders.get(p.name)) is not None and adder.price != closed
+    }
+
+
+def _begin_together(site: Site, adders: dict[str, Adder]) -> None:
+    """One rough price for all that are overdrawn, then each its own: nearer to the end than one price after the other.
+
+    What one purse gives up the others take, so that one by one they would climb in small steps.
+    """
+    spent = site.spent({})
+    over = [p for p in site.all_purses if spent[p.name] > p.milliwatts]
+    if len(over) < MOST_ALONE or np.sum([p.members for p in over], axis=0).max() > 1:
+        return
+    members = np.logical_or.reduce([p.members for p in over])
+    joint = lowest_price(site, {}, Purse("\0", members, sum(p.milliwatts for p in over)), None, rough=True)
+    if joint is not None and joint.price != (PROHIBITIVE,) * site.goods.stages:
+        adders.update({p.name: Adder(p.members, joint.price, 0) for p in over})
+        _aim_together(site, adders)
+
+
+def _take_turn(
+    site: Site,
+    adders: dict[str, Adder],
+    purse: Purse,
+    *,
+    may_fall: bool,
+    rough: bool = False,
+    spare: float = 0.0,
+) -> bool:
     """Sets one purse's price anew if it is overdrawn, or priced without need."""
-    spent = site.spent(site.clear(adders), purse)
+    spent = site.spent(adders)[purse.name]
     slack = may_fall and purse.name in adders and spent < LEAST_SPENT * purse.milliwatts
     if spent <= purse.milliwatts and not slack:
         return False
     before = adders.pop(purse.name, None)
-    found = _lowest_price(site, adders, purse, before.price if before else ())
+    least = site.least(purse)
+    wanted = replace(purse, milliwatts=purse.milliwatts - int(spare * max(purse.milliwatts - least, 0)))
+    found = lowest_price(site, adders, wanted, before, rough=rough)
     if found is not None:
         adders[purse.name] = found
     return found != before
@@ -141,7 +168,10 @@ def _apart(one: Adder | None, other: Adder | None) -> int:
 
 
 def _coupled(goods: Goods, adders: Mapping[str, Adder], moved: list[Purse]) -> list[list[Purse]]:
-    """Purses that moved and have pieces in one tie: what one gives up there the next one takes."""
+    """Purses that moved and have pieces in one tie: what one gives up there the next one takes.
+
+    Not those that pay for the same class: what one gives up there the other does not take.
+    """
     net, _ = net_prices(goods, adders.values())
     group = ranks(net)
     clusters: list[tuple[set[int], list[Purse]]] = []
@@ -149,6 +179,8 @@ def _coupled(goods: Goods, adders: Mapping[str, Adder], moved: list[Purse]) -> l
         ties = set(group[purse.members[goods.piece_class]].tolist())
         together = [purse]
         for other in [c for c in clusters if c[0] & ties]:
+            if any((purse.members & each.members).any() for each in other[1]):
+                continue
             clusters.remove(other)
             ties |= other[0]
             together += other[1]
@@ -156,7 +188,7 @@ def _coupled(goods: Goods, adders: Mapping[str, Adder], moved: list[Purse]) -> l
     return [c[1] for c in clusters if len(c[1]) > 1]
 
 
-def _move_together(site: _Site, adders: dict[str, Adder], together: list[Purse], *, may_fall: bool) -> None:
+def _move_together(site: Site, adders: dict[str, Adder], together: list[Purse], *, may_fall: bool) -> None:
     """Moves several purses by the same price, as far as their sum asks for: one by one they would only
     hand the overdraft to each other, in ever so small steps.
     """
@@ -166,7 +198,7 @@ def _move_together(site: _Site, adders: dict[str, Adder], together: list[Purse],
     for purse in together:
         adders[purse.name] = _shift(purse, own[purse.name], least, -1)
     members = np.logical_or.reduce([p.members for p in together])
-    joint = _lowest_price(site, adders, Purse("\0", members, sum(p.milliwatts for p in together)))
+    joint = lowest_price(site, adders, Purse("\0", members, sum(p.milliwatts for p in together)), None)
     for purse in together if joint is not None else ():
         adders[purse.name] = _shift(purse, adders[purse.name], joint or free, 1)
 
@@ -176,89 +208,82 @@ def _shift(purse: Purse, adder: Adder, by: Adder, sign: int) -> Adder:
     return Adder(purse.members, price, adder.delay + sign * by.delay)
 
 
-def _prohibitive(goods: Goods, purse: Purse) -> Adder:
-    return Adder(purse.members, (PROHIBITIVE,) * goods.stages, 0)
+def _aim_together(site: Site, adders: dict[str, Adder]) -> None:
+    """Moves all prices at once to where every purse is just spent: each price moves what the others spend.
 
-
-def _lowest_price(
-    site: _Site, others: Mapping[str, Adder], purse: Purse, near: tuple[int, ...] = ()
-) -> Adder | None:
-    """The lowest price of one purse at which it is not overdrawn, with the other purses' prices as they are.
-
-    Found stage by stage: the first entry alone decides until what lies between two of its values matters.
-    `near` is where to begin looking.
+    First the prices themselves, as if there were no steps; then the delays, which share out what ties.
     """
+    closed = (PROHIBITIVE,) * site.goods.stages
+    names = [name for name, adder in adders.items() if adder.price != closed]
+    if len(names) < MOST_ALONE:
+        return
+    stage = {name: _live_stage(adders[name]) for name in names}
+    at = np.array([adders[name].price[stage[name]] for name in names], dtype=np.float64)
 
-    def spent(price: tuple[int, ...], delay: int) -> int:
-        trial = {**others, purse.name: Adder(purse.members, price, delay)}
-        return site.spent(site.clear(trial), purse)
+    def priced(entries: FloatArray) -> dict[str, Adder]:
+        moved = {
+            name: _with_entry(adders[name], stage[name], max(round(float(entry)), 0))
+            for name, entry in zip(names, entries, strict=True)
+        }
+        return {**adders, **moved}
 
-    if site.spent(site.clear(others), purse) <= purse.milliwatts:
-        return None
-    stages = site.goods.stages
-    # Later than every tied rival, so that what fits now fits just above this price as well.
-    latest = sum(abs(a.delay) for a in others.values()) + TURN
-    price: tuple[int, ...] = ()
-    for stage in range(stages):
-        turning = _turning_prices(site.goods, others, purse.members, stage)
-        guess = int(np.searchsorted(turning, near[stage])) if near else turning.size // 2
+    nudges = np.full(len(names), TICKS / 256)
+    adders.update(priced(_newton(site, names, priced, at, nudges)))
+    start = {name: adders[name] for name in names}
 
-        def fits(at: int, stage_prices: IntArray = turning, so_far: tuple[int, ...] = price) -> bool:
-            after = (PROHIBITIVE,) * (stages - len(so_far) - 1)
-            return spent((*so_far, int(stage_prices[at]), *after), latest) <= purse.milliwatts
+    def delayed(delays: FloatArray) -> dict[str, Adder]:
+        moved = {
+            name: Adder(start[name].members, start[name].price, round(float(delay)))
+            for name, delay in zip(names, delays, strict=True)
+        }
+        return {**adders, **moved}
 
-        first = _first_that_fits(turning.size, guess, fits)
-        if first == turning.size:
-            return _prohibitive(site.goods, purse)
-        price = (*price, int(turning[first]))
-    delay = _shortest_delay(purse.milliwatts, latest, lambda delay: spent(price, delay))
-    return Adder(purse.members, price, delay)
-
-
-def _first_that_fits(count: int, guess: int, fits: Callable[[int], bool]) -> int:
-    """The first of `count` rising prices that fits, else `count`: ever longer strides from the guess, then halving."""
-    low, high = 0, count
-    at, stride = min(max(guess, 0), count - 1), 1
-    while low < high and low <= at < high:
-        if fits(at):
-            high, at = at, at - stride
-        else:
-            low, at = at + 1, at + stride
-        stride *= 4
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high
+    at = np.array([start[name].delay for name in names], dtype=np.float64)
+    adders.update(delayed(_newton(site, names, delayed, at, np.full(len(names), float(NUDGE)))))
 
 
-def _shortest_delay(budget: int, latest: int, spent: Callable[[int], int]) -> int:
-    """The shortest delay that fits: a bracket that shrinks by false position, halved when that is slow."""
-    high, low = latest, -latest
-    spent_high, spent_low = spent(high), spent(low)
-    if spent_low <= budget:
-        return low
-    for step in range(SPLITS):
-        if spent_high >= SPENT * budget or high - low <= 1:
+def _live_stage(adder: Adder) -> int:
+    """The first stage in which the purse pays: the one that decides."""
+    return next((stage for stage, entry in enumerate(adder.price) if entry), len(adder.price) - 1)
+
+
+def _with_entry(adder: Adder, stage: int, entry: int) -> Adder:
+    if adder.price[stage] == entry:
+        return adder
+    return Adder(adder.members, (*adder.price[:stage], entry, *adder.price[stage + 1 :]), adder.delay)
+
+
+def _newton(
+    site: Site,
+    names: list[str],
+    moved: Callable[[FloatArray], dict[str, Adder]],
+    at: FloatArray,
+    nudges: FloatArray,
+) -> FloatArray:
+    """The best point that a few steps of Newton's method (Broyden's after the first) find from `at`."""
+    budget = np.array([max(site.purses[name].milliwatts, 1) for name in names], dtype=np.float64)
+
+    def off(point: FloatArray) -> FloatArray:
+        spent = site.spent(moved(point))
+        return np.array([spent[name] for name in names], dtype=np.float64) / budget - AIM
+
+    here = off(at)
+    if np.abs(here).max() <= 1 - AIM:
+        return at
+    # In units of a nudge: slopes of one size, and a bound on what is believed of them.
+    slopes = np.stack([off(at + nudge) - here for nudge in np.diag(nudges)], axis=1)
+    best, least = at, float(np.abs(here).max())
+    begun_at, begun = best, least
+    for _ in range(JOINT_STEPS):
+        step = np.clip(np.linalg.lstsq(slopes, -here, rcond=1e-6)[0], -BELIEVED, BELIEVED)
+        there = off(at + step * nudges)
+        slopes += np.outer(there - here - slopes @ step, step) / max(float(step @ step), 1e-12)
+        at, here = at + step * nudges, there
+        if np.abs(here).max() < least:
+            best, least = at, float(np.abs(here).max())
+        if least <= 1 - AIM or np.abs(here).max() > FAR_OFF:
             break
-        part = ((SPENT + 1) / 2 * budget - spent_high) / (spent_low - spent_high) if step % 3 else 0.5
-        middle = min(max(high - round((high - low) * part), low + 1), high - 1)
-        here = spent(middle)
-        if here <= budget:
-            high, spent_high = middle, here
-        else:
-            low, spent_low = middle, here
-    return high
-
-
-def _turning_prices(goods: Goods, others: Mapping[str, Adder], members: BoolArray, stage: int) -> IntArray:
-    """Every entry at which one of the purse's pieces may tie with another piece, or with buying nothing."""
-    net = goods.prices[stage].copy()
-    for adder in others.values():
-        net[adder.members[goods.piece_class]] -= adder.price[stage]
-    mine = members[goods.piece_class]
-    rest = distinct(np.concatenate(([0], net[~mine])))
-    found = distinct(distinct(net[mine])[:, None] - rest[None, :])
-    return found if stage else found[found >= 0]
+    return best if least <= WORTH_IT * begun else begun_at
 
 
 def cut_at_root(clearing: Clearing, purse: Purse) -> dict[int, int]:

@@ -48,7 +48,7 @@ def explain(
     if cap >= everything:
         useful = _useful(each)
         if everything < useful and purses:
-            return said.budget(purses[0])
+            return said.budget(purses)
         return said.efficiency() if everything < useful else said.nothing()
     stage = int(order.cell_stage[min(cell, order.cells - 1)])
     band = goods.band_of_stage(stage)
@@ -56,7 +56,7 @@ def explain(
     name = forest.names[binding]
     if clearing.budget[binding] < 0:
         return said.minimum(name, -int(clearing.budget[binding]))
-    return said.domain(name, band, price, for_slo=goods.is_floor_stage(stage))
+    return said.domain(name, band, price, purses, for_slo=goods.is_floor_stage(stage))
 
 
 def _useful(each: PowerClass) -> int:
@@ -97,9 +97,11 @@ class _Words:
         message = f"{_watts(self.cap)} is all that brings this class more tokens: nothing holds it back"
         return self._say("Nothing", "", self.each.band, 0.0, message)
 
-    def budget(self, purse: str) -> Explanation:
-        message = f"the budget of {purse} is spent: it holds this class at {_watts(self.cap)}"
-        return self._say("Budget", purse, self.each.band, 0.0, message)
+    def budget(self, purses: list[str]) -> Explanation:
+        together = " and that of ".join(purses)
+        are = "are" if len(purses) > 1 else "is"
+        message = f"the budget of {together} {are} spent: this class is held at {_watts(self.cap)}"
+        return self._say("Budget", purses[0], self.each.band, 0.0, message)
 
     def efficiency(self) -> Explanation:
         message = (
@@ -114,12 +116,16 @@ class _Words:
         )
         return self._say("Minimum", domain, self.each.band, 0.0, message)
 
-    def domain(self, domain: str, band: int, price: float, *, for_slo: bool) -> Explanation:
+    def domain(
+        self, domain: str, band: int, price: float, purses: list[str], *, for_slo: bool
+    ) -> Explanation:
         stretch = "below the SLO floors" if for_slo else "above the SLO floors"
         message = (
             f"the limit of {domain} is reached at band {band}, {stretch}, where the last watt brings "
             f"{price:.3g} value per joule: this class gets {_watts(self.cap)} there"
         )
+        if purses:
+            message += f", and pays for the spent budget of {' and '.join(purses)} besides"
         return self._say("Domain", domain, band, price, message)
 
 

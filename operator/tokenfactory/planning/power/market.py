@@ -38,6 +38,12 @@ class Market:
         np.add.at(own, self.fleet.domain, self.fleet.gpus * self.order.goods.minimum[self.fleet.class_index])
         return self.forest.subtree_sums(own)
 
+    def reordered(self, order: Order) -> "Market":
+        """The same GPUs in the same places under another order of buying."""
+        other = Market(self.forest, order, self.fleet, self.committed)
+        other.__dict__["base"] = self.base  # it knows of minima only
+        return other
+
     @cached_property
     def own(self) -> cv.Offer:
         """What the GPUs that stand in each domain itself take; domains by position, sorted."""
@@ -166,6 +172,14 @@ class Clearing:
         every = np.arange(len(self.market.order.goods.classes))
         cell = np.full(every.size, self.cell[domain])
         return self.market.order.caps_at(every, cell, np.full(every.size, self.fraction[domain]))
+
+    def path_sheet(self, domain: int) -> IntArray:
+        """What the domain and all those above it allow together, by class index."""
+        cell, fraction, _ = self.path_levels
+        every = np.arange(len(self.market.order.goods.classes))
+        return self.market.order.caps_at(
+            every, np.full(every.size, cell[domain]), np.full(every.size, fraction[domain])
+        )
 
     @cached_property
     def drawn(self) -> IntArray:

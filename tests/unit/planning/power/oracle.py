@@ -35,8 +35,11 @@ def solve_lp(value, upper, rows, limits, kinds=None):
     return solver.getObjectiveValue(), bound, np.array(solver.getSolution().col_value)
 
 
-def optimum_by_stage(market: Market, limits, factory_budgets=None):
-    """The best value of every stage (SLO floors by band, then what lies above by band), each after those before."""
+def optimum_by_stage(market: Market, limits, factory_budgets=None, shared=()):
+    """The best value of every stage (SLO floors by band, then what lies above by band), each after those before.
+
+    `shared` are budgets of some pairs of the fleet: (mask by pair, milliwatts).
+    """
     goods, fleet, forest = market.order.goods, market.fleet, market.forest
     column_pair, column_piece = [], []
     for pair, number in enumerate(fleet.class_index):
@@ -57,6 +60,11 @@ def optimum_by_stage(market: Market, limits, factory_budgets=None):
         columns = np.flatnonzero(goods.piece_factory[piece] == goods.factories.index(factory))
         rows.append((columns, np.ones(columns.size)))
         bounds.append(max(budget - factory_base(market, factory), 0) / 1000)
+    for mask, budget in shared:
+        columns = np.flatnonzero(mask[pair])
+        rows.append((columns, np.ones(columns.size)))
+        least = int((fleet.gpus * goods.minimum[fleet.class_index])[mask].sum())
+        bounds.append(max(budget - least, 0) / 1000)
     results = []
     for stage in range(goods.stages):
         objective = np.where(goods.piece_stage[piece] == stage, density, 0.0)
