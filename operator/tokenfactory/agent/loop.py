@@ -33,6 +33,7 @@ from tokenfactory.agent.parts import (
 )
 from tokenfactory.agent.report import Reporter, status_of
 from tokenfactory.agent.state import AgentState
+from tokenfactory.agent.tune import Tuner
 from tokenfactory.agent.watchdog import Progress
 from tokenfactory.api.gpu_node import GPUNodeStatus
 
@@ -106,6 +107,8 @@ class Agent:
             "wear": (self._every(self.pace.wear, self._look_at_wear, "wear"), self.pace.wear),
             "events": (self._follow_events, 0.0),
         }
+        tuner = Tuner(self.state, self._nvml, self.clock, self.wake)
+        parts["tune"] = (self._every(self.pace.tune, tuner.round, "tune"), self.pace.tune)
         if self.meter is not None:
             parts["meter"] = (self._every(self.pace.meter, self._meter, "meter"), self.pace.meter)
         if self._node_meter is not None:

@@ -176,6 +176,10 @@ class AgentCollector:
             ),
             "late_parts": ("Parts of the agent that make no progress.", float(len(agent.progress.late()))),
         }
+        gauges["untuned_gpus"] = (
+            "GPUs whose clocks or workload profile are not as asked.",
+            float(len(state.untuned)),
+        )
         power = state.node_power
         if power.draw_milliwatts is not None:
             gauges["node_power_watts"] = ("What the node's own meter says.", power.draw_milliwatts / 1000)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pynvml
 
@@ -47,16 +47,17 @@ NO_INSTANCE = 0xFFFFFFFF
 
 
 class _GpuLanes:
-    """One GPU's two lanes: a cap must not wait behind a slow sensor, nor be kept out by one that hangs."""
+    """One GPU's lanes: a cap must not wait behind a slow sensor or another actuator, nor be kept out by one that hangs."""
 
     def __init__(self, index: int) -> None:
         self.control = Lane(f"GPU {index} control")
         self.sensors = Lane(f"GPU {index} sensors")
+        self.tuning = Lane(f"GPU {index} tuning")
         self.settings = 0
         """Moves when a limit begins to be set and when that has ended."""
 
     def __iter__(self) -> Iterator[Lane]:
-        return iter((self.control, self.sensors))
+        return iter((self.control, self.sensors, self.tuning))
 
 
 class PynvmlDriver:
@@ -201,13 +202,18 @@ class PynvmlDriver:
             return Failure(FailureKind.TIMEOUT, call, gpu, text="an earlier call has not come back")
 
     async def _ask(
-        self, gpu: str, call: str, function: Callable[[Any, _GpuLanes], T], *, control: bool = False
+        self,
+        gpu: str,
+        call: str,
+        function: Callable[[Any, _GpuLanes], T],
+        *,
+        on: Literal["control", "sensors", "tuning"] = "sensors",
     ) -> T | Failure:
         if gpu not in self._handles:
             return Failure(FailureKind.REFUSED, call, gpu, text="no such GPU since NVML was opened")
         index, handle = self._handles[gpu]
         lanes = self._lanes[index]
-        lane = lanes.control if control else lanes.sensors
+        lane: Lane = getattr(lanes, on)
         return await self._on(lane, call, gpu, lambda: function(handle, lanes), self._deadline_seconds)
 
     async def inventory(self) -> tuple[Gpu, ...]:
@@ -223,7 +229,7 @@ class PynvmlDriver:
 
     async def limits(self, gpu: str, scope: Scope = Scope.GPU) -> Limits | Failure:
         call = "nvmlDeviceGetEnforcedPowerLimit"
-        return await self._ask(gpu, call, lambda handle, _: calls.limits(handle, gpu, scope), control=True)
+        return await self._ask(gpu, call, lambda handle, _: calls.limits(handle, gpu, scope), on="control")
 
     async def set_limit(self, gpu: str, milliwatts: int, scope: Scope = Scope.GPU) -> Limits | Failure:
         def set_and_read_back(handle: Any, lanes: _GpuLanes) -> Limits:
@@ -233,7 +239,7 @@ class PynvmlDriver:
             finally:
                 lanes.settings += 1
 
-        return await self._ask(gpu, "nvmlDeviceSetPowerManagementLimit", set_and_read_back, control=True)
+        return await self._ask(gpu, "nvmlDeviceSetPowerManagementLimit", set_and_read_back, on="control")
 
     async def read(self, gpu: str) -> Reading | Failure:
         known = self._gpus.get(gpu)
@@ -257,7 +263,7 @@ class PynvmlDriver:
             gpu,
             "nvmlDeviceSetGpuLockedClocks",
             lambda handle, _: calls.lock_clocks(handle, gpu, clocks),
-            control=True,
+            on="tuning",
         )
 
     async def set_profiles(self, gpu: str, profiles: frozenset[int]) -> ProfileState | Failure:
@@ -265,7 +271,7 @@ class PynvmlDriver:
             gpu,
             "nvmlDeviceWorkloadPowerProfileUpdateProfiles_v1",
             lambda handle, _: calls.set_profiles(handle, gpu, profiles),
-            control=True,
+            on="tuning",
         )
 
     # ---- events ----

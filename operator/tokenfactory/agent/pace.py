@@ -17,6 +17,7 @@ class Pace:
     pods: float = 5.0
     meter: float = 15.0
     node_power: float = 10.0
+    tune: float = 5.0
     wear: float = 60.0
     inventory: float = 300.0
     report: float = 30.0

@@ -19,6 +19,7 @@ from tokenfactory.agent.nvml import Gpu, Identity
 from tokenfactory.agent.parts import Clock, StatusWriter
 from tokenfactory.agent.state import AgentState
 from tokenfactory.agent.xid import Action
+from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus
 from tokenfactory.api.meta import Condition, ConditionStatus
 
@@ -177,10 +178,18 @@ def _gpu(state: AgentState, enforcer: Enforcer, gpu: Gpu) -> GPUStatus:
         class_name=(order.reason.class_name if order else "")[:253],
         pod=holder.pod[:320],
         pod_uid="" if holder.uid.startswith("?") else holder.uid[:64],
+        actuators=_tuned(state, gpu.uuid),
         fabric=(gpu.fabric.name if gpu.fabric else "")[:96],
         healthy=state.faults.verdict(gpu.uuid).healthy,
         faults=tuple(text[:256] for text in state.faults.texts(gpu.uuid)),
     )
+
+
+def _tuned(state: AgentState, gpu: str) -> Actuators | None:
+    """Until this agent has looked, what the one before it said: it is still set, and still to be undone."""
+    if gpu in state.tuned or gpu in state.looked_at or state.node is None:
+        return state.tuned.get(gpu)
+    return next((it.actuators for it in state.node.status.gpus if it.uuid == gpu), None)
 
 
 def _conditions(
@@ -205,6 +214,7 @@ def _conditions(
         say("PodsKnown", state.pods is not None and not state.pods_problem, *_pods(state)),
         *((_metered(meter, say),) if meter else ()),
         *((_node_power(state, say),) if state.metered else ()),
+        *((_actuators(state, say),) if state.tuned or state.untuned else ()),
     )
 
 
@@ -270,3 +280,8 @@ def _node_power(state: AgentState, say: Say) -> Condition:
     if power.problem:
         return say("NodePower", None, "Unreadable", power.problem)
     return say("NodePower", True, "WithinCharge")
+
+
+def _actuators(state: AgentState, say: Say) -> Condition:
+    problems = [str(failure) for _, failure in sorted(state.untuned.items())]
+    return say("Tuned", not problems, "NotAsAsked" if problems else "AsAsked", "; ".join(problems))

@@ -9,6 +9,7 @@ from tokenfactory.agent.guard import Guard
 from tokenfactory.agent.holders import Holdings
 from tokenfactory.agent.nvml import Driver, Failure, Gpu, Reading
 from tokenfactory.agent.parts import PodDevices
+from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.governor import Decision, Memory, Readback
 
@@ -48,6 +49,12 @@ class AgentState:
     readback: Readback | None = None
     observed_generation: int = 0
     guard: Guard = field(default_factory=dict)
+    tuned: dict[str, Actuators] = field(default_factory=dict)
+    """What is set on each GPU besides its limit."""
+    looked_at: set[str] = field(default_factory=set)
+    """GPUs of which this process knows what is set."""
+    untuned: dict[str, Failure] = field(default_factory=dict)
+    """Why that is not as asked."""
     node_power: NodePower = field(default_factory=NodePower)
     metered: bool = False
     """The node has a meter of its own, which is read."""

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.fields import ClassName, DomainName, MilliwattsField, StatedTime, Timestamp
 from tokenfactory.api.meta import Api, Conditions, Resource
 from tokenfactory.api.rules import AGE, Column, Rule, condition_column, list_map, rules
@@ -53,6 +54,9 @@ class PodGrant(Api, frozen=True, kw_only=True):
             description="Where the agent reads the model's metrics, once the pod has an address.",
         ),
     ] = ""
+    actuators: Annotated[
+        Actuators | None, Meta(description="What is set on its GPUs besides the power limit.")
+    ] = None
     released: Annotated[
         bool,
         Meta(
@@ -156,6 +160,9 @@ class GPUStatus(Api, frozen=True, kw_only=True):
     pod_uid: Annotated[str, Meta(max_length=64, description="uid of that pod.")] = msgspec.field(
         name="podUID", default=""
     )
+    actuators: Annotated[
+        Actuators | None, Meta(description="What the agent has set on it besides its limit.")
+    ] = None
     fabric: Annotated[str, Meta(max_length=96, description="NVLink domain and clique.")] = ""
     healthy: Annotated[bool, Meta(description="False: no new work may use it.")] = True
     faults: Annotated[

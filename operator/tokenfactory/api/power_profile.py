@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
+from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.fields import DecimalText, LatencyText, PositivePowerText, Timestamp
 from tokenfactory.api.meta import Api, Conditions, ObservedGeneration, Resource
 from tokenfactory.api.rules import AGE, Column, immutable, list_map, rules
@@ -64,6 +65,12 @@ class PowerProfileSpec(Api, frozen=True, kw_only=True):
             extra_json_schema=list_map("concurrency", "watts"),
         ),
     ]
+    actuators: Annotated[
+        Actuators | None,
+        Meta(
+            description="Set on each GPU while the model runs there, as it was when the points were measured."
+        ),
+    ] = None
     source: Annotated[str, Meta(max_length=1024, description="Where the figures come from.")] = ""
 
 

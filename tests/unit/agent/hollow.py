@@ -14,6 +14,7 @@ from tests.unit.agent.virtual import VirtualClock
 from tokenfactory.agent.loop import Agent
 from tokenfactory.agent.nodepower import MeterError
 from tokenfactory.agent.nvml import (
+    ClockRange,
     Driver,
     Event,
     Failure,
@@ -21,6 +22,7 @@ from tokenfactory.agent.nvml import (
     Gpu,
     Identity,
     Limits,
+    ProfileState,
     Reading,
     Wear,
 )
@@ -47,6 +49,13 @@ class HollowGpu:
     stubborn: bool = False
     """Takes a limit and enforces the old one."""
     hang: asyncio.Event | None = None
+    clocks: ClockRange | None = None
+    profiles: frozenset[int] = frozenset()
+    untunable: Failure | None = None
+    """Why neither clocks nor profiles can be set."""
+    clings: bool = False
+    """A profile that is cleared stays, and nothing is said."""
+    sm_mhz: int = 1_000
 
 
 class HollowNvml:
@@ -63,6 +72,8 @@ class HollowNvml:
         self.highest: dict[str, int] = {}
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         self.wears: dict[str, Wear] = {}
+        self.tunings: list[tuple[str, object]] = []
+        self.offered = frozenset(range(8))
         self._hanging: set[str] = set()
 
     @property
@@ -86,7 +97,13 @@ class HollowNvml:
     async def inventory(self) -> tuple[Gpu, ...]:
         await asyncio.sleep(0)
         return tuple(
-            Gpu(index=n, uuid=gpu.uuid, product=PRODUCT, limits=None if gpu.failure else self._limits(gpu))
+            Gpu(
+                index=n,
+                uuid=gpu.uuid,
+                product=PRODUCT,
+                limits=None if gpu.failure else self._limits(gpu),
+                profiles=self.offered,
+            )
             for n, gpu in enumerate(self.gpus.values())
         )
 
@@ -142,6 +159,7 @@ class HollowNvml:
                 power_milliwatts=held.draw(held),
                 energy_millijoules=int(now * 400_000),
                 enforced_milliwatts=held.limit,
+                sm_mhz=min(held.sm_mhz, held.clocks.max_mhz) if held.clocks else held.sm_mhz,
             )
             await asyncio.sleep(self.read_seconds)
             return reading
@@ -152,11 +170,22 @@ class HollowNvml:
         await asyncio.sleep(0)
         return self._fails("wear", gpu) or self.wears.get(gpu, Wear())
 
-    async def lock_clocks(self, gpu: str, clocks: object) -> Failure | None:
+    async def lock_clocks(self, gpu: str, clocks: ClockRange | None) -> Failure | None:
+        await asyncio.sleep(0.015)
+        self.tunings.append((gpu, clocks))
+        if failure := self._fails("lock_clocks", gpu) or self.gpus[gpu].untunable:
+            return failure
+        self.gpus[gpu].clocks = clocks
         return None
 
-    async def set_profiles(self, gpu: str, profiles: object) -> Any:
-        return None
+    async def set_profiles(self, gpu: str, profiles: frozenset[int]) -> ProfileState | Failure:
+        await asyncio.sleep(0.015)
+        self.tunings.append((gpu, profiles))
+        if failure := self._fails("set_profiles", gpu) or self.gpus[gpu].untunable:
+            return failure
+        if not self.gpus[gpu].clings or profiles:
+            self.gpus[gpu].profiles = profiles
+        return ProfileState(self.gpus[gpu].profiles, self.gpus[gpu].profiles)
 
     async def events(self) -> AsyncIterator[Event]:
         while True:
@@ -165,14 +194,13 @@ class HollowNvml:
     def reboot(self, boot: str) -> None:
         """The machine boots: limits are at their default."""
         self.boot, self.generation = boot, 0
-        for gpu in self.gpus.values():
-            gpu.limit = DEFAULT
+        self.reload()
 
     def reload(self) -> None:
         """The driver is loaded anew under a running agent."""
         self.gone = False
         for gpu in self.gpus.values():
-            gpu.limit = DEFAULT
+            gpu.limit, gpu.clocks, gpu.profiles = DEFAULT, None, frozenset()
 
 
 class HollowKubelet:
@@ -398,7 +426,13 @@ class Node:
             self._task = None
 
     def use(
-        self, pod: str, *gpus: int, released: bool = False, granted: int | None = None, url: str = ""
+        self,
+        pod: str,
+        *gpus: int,
+        released: bool = False,
+        granted: int | None = None,
+        url: str = "",
+        **more: Any,
     ) -> PodGrant:
         """The kubelet has given these GPUs to the pod; the grant for it."""
         devices = PodDevices("inference", pod, tuple(f"GPU-{n}" for n in gpus))
@@ -411,6 +445,7 @@ class Node:
             gpus=granted or len(gpus),
             released=released,
             metrics=url,
+            **more,
         )
 
     def limits(self) -> list[int]:

@@ -19,6 +19,7 @@ from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus
 from tokenfactory.api.meta import ObjectMeta, OwnerReference
 from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.compose import Composed, Options, compose
@@ -81,6 +82,7 @@ class SmallWorld:
             kind: {}
             for kind in (
                 PowerDomain,
+                PowerProfile,
                 TokenFactory,
                 CapSheet,
                 GPUNode,
@@ -115,7 +117,7 @@ class SmallWorld:
 
     def apply(self, text: str) -> None:
         for raw in yaml.safe_load_all(text):
-            kind = {"PowerDomain": PowerDomain, "TokenFactory": TokenFactory}[raw["kind"]]
+            kind = {it.KIND: it for it in (PowerDomain, PowerProfile, TokenFactory)}[raw["kind"]]
             obj = msgspec.convert(raw, kind)
             held = self.objects[kind].get(_key(obj))
             meta = msgspec.structs.replace(obj.metadata, uid=f"uid-{obj.metadata.name}")
@@ -181,6 +183,7 @@ class SmallWorld:
             milliseconds=int((self.now - START).total_seconds() * 1000),
             domains=dict(self.objects[PowerDomain]),
             factories=dict(self.objects[TokenFactory]),
+            profiles=dict(self.objects[PowerProfile]),
             sheets=dict(self.objects[CapSheet]),
             gpu_nodes=dict(self.objects[GPUNode]),
             nodes=dict(self.objects[Node]),

@@ -19,6 +19,7 @@ from tokenfactory.api.quantities import (
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.profiles import profile_of
 from tokenfactory.controller.plan.purses import factory_name, for_sale
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import budgets, catalogue
@@ -227,23 +228,17 @@ def model_points(world: World, model: ModelSpec, product: str, high: int = 0) ->
 
 
 def profile_points(world: World, model: ModelSpec, product: str) -> tuple[Point, ...]:
-    repository = model.nim.image.partition("@")[0].rsplit(":", 1)[0]
-    for (_, name), profile in sorted(world.snapshot.profiles.items()):
-        spec = profile.spec
-        named = model.power_profile == name
-        fits = model.power_profile is None and spec.model in {repository, repository.rsplit("/", 1)[-1]}
-        if (named or fits) and spec.gpu_product in {product, product.replace(" ", "-")}:
-            return tuple(
-                Point(
-                    milliwatts=parse_power(point.watts),
-                    tokens_per_second=float(parse_decimal(point.tokens_per_second)),
-                    concurrency=point.concurrency,
-                    inter_token_milliseconds=_milliseconds(point.inter_token_latency),
-                    first_token_milliseconds=_milliseconds(point.time_to_first_token),
-                )
-                for point in spec.points
-            )
-    return ()
+    profile = profile_of(world, model, product)
+    return tuple(
+        Point(
+            milliwatts=parse_power(point.watts),
+            tokens_per_second=float(parse_decimal(point.tokens_per_second)),
+            concurrency=point.concurrency,
+            inter_token_milliseconds=_milliseconds(point.inter_token_latency),
+            first_token_milliseconds=_milliseconds(point.time_to_first_token),
+        )
+        for point in (profile.points if profile is not None else ())
+    )
 
 
 def _milliseconds(text: str | None) -> float | None:

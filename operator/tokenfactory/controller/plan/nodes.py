@@ -16,6 +16,7 @@ from tokenfactory.api import names
 from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, PodGrant
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.controller.actions import Action, ChargeNode, TaintNode, Tell
+from tokenfactory.controller.plan.profiles import actuators_of
 from tokenfactory.controller.plan.quarantining import repeat_offenders
 from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import GpuHost, Replica, World, has_finished
@@ -172,9 +173,11 @@ def _spec(
     if moved is not None:
         node = so(moved)
     for old in node.spec.pods:
-        node = so(_renewed(world, node, old))
+        node = so(_renewed(world, host, node, old))
     for replica in new:
-        node = so(grants.granted(node, new_grant(replica, host)))
+        actuators = actuators_of(world, replica.model, host.product)
+        grant = msgspec.structs.replace(new_grant(replica, host), actuators=actuators)
+        node = so(grants.granted(node, grant))
     node = so(_fence(world, ledger, host, node, facts))
     overhead = place.overhead_milliwatts if place else node.spec.overhead_milliwatts
     return msgspec.structs.replace(node.spec, overhead_milliwatts=overhead)
@@ -202,20 +205,21 @@ def _deleted_means_off(world: World, path: Path) -> bool:
     return domain is not None and domain.spec.node_deleted_means_off
 
 
-def _renewed(world: World, node: GPUNode, grant: PodGrant) -> GPUNodeSpec:
-    """With this grant as it should be now: its address known, or on its way out."""
+def _renewed(world: World, host: GpuHost, node: GPUNode, grant: PodGrant) -> GPUNodeSpec:
+    """With this grant as it should be now: its address and its actuators known, or on its way out."""
     replica = world.by_uid.get(grant.uid)
     pod = replica.pod if replica is not None else world.kept.get(grant.uid)
     if pod is None or has_finished(pod) or pod.spec.node_name not in {"", node.metadata.name}:
         return grants.released(node, grant.uid)
     address = pod.status.pod_ip
     metrics = f"http://{address}:{names.NIM_PORT}/v1/metrics" if address else grant.metrics
-    if grant.released or grant.metrics == metrics:
+    known = grant.actuators
+    if replica is not None and host.product:
+        known = actuators_of(world, replica.model, host.product)
+    if grant.released or (grant.metrics, grant.actuators) == (metrics, known):
         return node.spec
-    pods = tuple(
-        msgspec.structs.replace(pod, metrics=metrics) if pod.uid == grant.uid else pod
-        for pod in node.spec.pods
-    )
+    fresh = msgspec.structs.replace(grant, metrics=metrics, actuators=known)
+    pods = tuple(fresh if pod.uid == grant.uid else pod for pod in node.spec.pods)
     return msgspec.structs.replace(node.spec, pods=pods)
 
 
