@@ -36,6 +36,8 @@ _GROUP_NAME_LENGTH: Final = 42
 _NOT_ROOT: Final[Object] = {"runAsNonRoot": True, "runAsUser": 1000}
 
 
+RESTART_FEATURE: Final = "RestartAllContainersOnContainerExits"
+"""As a kubelet declares that it can do the following."""
 THROUGH_THE_GATE: Final[Object] = {
     "restartPolicy": "Always",
     "restartPolicyRules": [

@@ -137,6 +137,8 @@ class NodeStatus(Api, frozen=True, kw_only=True, gc=False):
     conditions: tuple[KubeCondition, ...] = ()
     addresses: tuple[NodeAddress, ...] = ()
     node_info: NodeInfo = NodeInfo()
+    declared_features: tuple[str, ...] = ()
+    """What its kubelet can do besides what all can: pods that need one of these are bound to no other node."""
 
 
 class Node(Resource, frozen=True, kw_only=True, gc=False):

@@ -197,6 +197,7 @@ class HollowKubelet:
                 "architecture": "amd64",
                 "operatingSystem": "linux",
             },
+            "declaredFeatures": ["RestartAllContainersOnContainerExits"],
         }
         path = f"/api/v1/nodes/{node.name}"
         await self._client.request("PATCH", path + "/status", body={"status": status}, content_type=MERGE)

@@ -26,12 +26,10 @@ PATIENCE_SECONDS = 180.0
 
 
 def decides(seen: Seen) -> bool:
-    """A write that a plan asked for: neither a sign of life nor an Event."""
-    return writes(seen) and not (
-        "/leases" in seen.path
-        or seen.path.endswith((renewal_name("hall"), "/events"))
-        or "/events/" in seen.path
-    )
+    """A write that a plan asked for: no sign of life, no Event and no question."""
+    signs = "/leases" in seen.path or seen.path.endswith(renewal_name("hall"))
+    words = seen.path.endswith("/events") or "/events/" in seen.path
+    return writes(seen) and "dryRun" not in seen.query and not signs and not words
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,38 @@
 
 import msgspec
 import pytest
+from tests.unit.controller.small_world import OPTIONS as PLAN_OPTIONS
+from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.token_factory import TokenFactory
-from tokenfactory.controller.workloads import WorkloadOptions, deployment, group_name, leader_worker_set
+from tokenfactory.controller.actions import ApplyWorkload
+from tokenfactory.controller.compose import compose
+from tokenfactory.controller.objects import Deployment
+from tokenfactory.controller.plan.memory import Memory
+from tokenfactory.controller.workloads import (
+    RESTART_FEATURE,
+    WorkloadOptions,
+    deployment,
+    group_name,
+    leader_worker_set,
+)
+from tokenfactory.kube.objects import Node
 
 OPTIONS = WorkloadOptions(image="tokenfactory:test")
+SITE = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: 40kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
+---
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  models:
+  - {name: small, nim: {image: "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.0"}, gpusPerReplica: 1}
+"""
 
 
 def factory(**nim: object) -> TokenFactory:
@@ -104,3 +131,34 @@ def test_a_group_has_a_name_of_its_own_that_leaves_room_for_what_is_appended():
     both = {group_name(wide, each) for each in long}
     assert len(both) == 2
     assert {len(name) for name in both} == {48}
+
+
+def test_the_rule_waits_until_every_kubelet_can_follow_it():
+    world = SmallWorld()
+    world.apply(SITE)
+    for name in ("new", "old"):
+        world.add_node(name)
+    options = msgspec.structs.replace(
+        PLAN_OPTIONS, workloads=msgspec.structs.replace(OPTIONS, restart_through_gate=True)
+    )
+
+    def rules() -> set[bool]:
+        plan = compose(world.snapshot(), options, Memory()).plan
+        made = [
+            each.manifest["spec"]
+            for each in plan.actions
+            if isinstance(each, ApplyWorkload) and each.kind is Deployment
+        ]
+        assert made
+        return {"restartPolicyRules" in each["template"]["spec"]["containers"][0] for each in made}
+
+    declare(world, "new")
+    assert rules() == {False}
+    declare(world, "old")
+    assert rules() == {True}
+
+
+def declare(world: SmallWorld, name: str) -> None:
+    node = world.objects[Node]["", name]
+    status = msgspec.structs.replace(node.status, declared_features=(RESTART_FEATURE,))
+    world.put(msgspec.structs.replace(node, status=status))

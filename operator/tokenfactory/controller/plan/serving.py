@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from tokenfactory.api import names
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.actions import Action, ApplyWorkload, DeleteWorkload
@@ -9,6 +11,7 @@ from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import (
+    RESTART_FEATURE,
     WorkloadOptions,
     deployment,
     group_name,
@@ -24,6 +27,7 @@ Slot = tuple[type[Workload], Key]
 
 
 def serve(world: World, staffing: Staffing, options: WorkloadOptions) -> list[Action]:
+    options = _for_these_nodes(world, options)
     actions: list[Action] = []
     wanted: set[Slot] = set()
     for factory_key, factory in world.snapshot.factories.items():
@@ -44,6 +48,18 @@ def serve(world: World, staffing: Staffing, options: WorkloadOptions) -> list[Ac
             model_name = held.metadata.labels.get(names.MODEL_LABEL, "")
             actions.append(DeleteWorkload(held, f"its factory no longer serves {model_name} in this way"))
     return actions
+
+
+def _for_these_nodes(world: World, options: WorkloadOptions) -> WorkloadOptions:
+    """A kubelet may be older than the API server: no pod that needs what it cannot do would be bound to its node."""
+    able = all(
+        RESTART_FEATURE in host.node.status.declared_features
+        for host in world.hosts.values()
+        if host.node is not None and host.node_ready
+    )
+    if able or not options.restart_through_gate:
+        return options
+    return msgspec.structs.replace(options, restart_through_gate=False)
 
 
 def lacks_groups(world: World, model: ModelSpec) -> bool:
