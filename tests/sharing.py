@@ -18,7 +18,7 @@ LONGEST_FIRST = (
     "tests/cluster/scenarios/test_power.py",
     "tests/cluster/scenarios/test_crashes.py",
     "tests/node/",
-    "tests/agent/test_agent_process.py",
+    "tests/agent/test_agent_",
     "tests/cluster/test_controlplane.py",
     "tests/unit/planning/power/test_budgets.py",
     "tests/cluster/kube/",

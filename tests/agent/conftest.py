@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import sys
 import time
 
 import pynvml
 import pytest
+from tests.agent.process import NAMESPACE, REPOSITORY, World
 
 from tokenfactory.agent.nvml import Failure
 from tokenfactory.agent.nvml_pynvml import PynvmlDriver
+from tokenfactory.kube.client import Client
+from tokenfactory.twin.agent_node import AgentNode, SheetDesk
+from tokenfactory.twin.faultproxy import FaultProxy
 from tokenfactory.twin.nvml import STATE_VARIABLE, SimulatedNode, build_library
 
 
@@ -64,3 +70,33 @@ async def open_driver(make_node):
     for node, driver in opened:
         node.mend()
         await driver.close()
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def crds(cluster):
+    cluster.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds"))
+    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=90s")
+    with contextlib.suppress(Exception):
+        cluster.kubectl("create", "namespace", NAMESPACE)
+
+
+@pytest.fixture
+async def world(cluster, crds, tmp_path, nvml_library):
+    number = next(_numbers)
+    async with (
+        await Client.connect(cluster.kubeconfig) as client,
+        FaultProxy(cluster.kubeconfig) as proxy,
+    ):
+        node = AgentNode(f"agent-node-{number}", tmp_path)
+        await node.open()
+        try:
+            yield World(SheetDesk(client, f"tree-{number}"), node, proxy, proxy.kubeconfig(tmp_path))
+        finally:
+            await node.close()
+            for plural, name in (("gpunodes", node.name),):
+                cluster.kubectl("delete", plural, name, "--ignore-not-found")
+            if node.log.exists():
+                sys.stderr.write(node.log.read_text()[-4000:])

@@ -24,9 +24,15 @@ SETTLE_SECONDS: Final = 15.0
 class KubeletMemory:
     """Keeps what the kubelet before this one listed, until this one has had time to list it too."""
 
-    def __init__(self, socket: Path, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        socket: Path,
+        now: Callable[[], float] = time.monotonic,
+        settle_seconds: float = SETTLE_SECONDS,
+    ) -> None:
         self._socket = socket
         self._now = now
+        self._settle_seconds = settle_seconds
         self._kubelet: tuple[int, int, int] | None = None
         self._settled_at = 0.0
         self._listed: tuple[PodDevices, ...] = ()
@@ -36,7 +42,7 @@ class KubeletMemory:
         kubelet = self._identity()  # after the answer: a restart in between then counts as one
         if kubelet != self._kubelet:
             if self._listed:
-                self._settled_at = self._now() + SETTLE_SECONDS
+                self._settled_at = self._now() + self._settle_seconds
                 log.info("the kubelet has restarted; pods that it does not list yet keep their GPUs")
             self._kubelet = kubelet
         if self._now() < self._settled_at:

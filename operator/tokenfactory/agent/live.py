@@ -124,11 +124,11 @@ class LiveWriter:
 class LivePods:
     """The kubelet's PodResources socket."""
 
-    def __init__(self, socket: str) -> None:
+    def __init__(self, socket: str, settle_seconds: float) -> None:
         from tokenfactory.agent.pods import PodResources
 
         self._client = PodResources(socket)
-        self._memory = KubeletMemory(Path(socket))
+        self._memory = KubeletMemory(Path(socket), settle_seconds=settle_seconds)
 
     async def list(self, gpus: tuple[Gpu, ...]) -> tuple[PodDevices, ...]:
         from tokenfactory.agent.pods import Unavailable

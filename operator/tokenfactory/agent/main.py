@@ -72,7 +72,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 async def run(options: AgentOptions) -> None:
     """Until SIGTERM or SIGINT. Caps stay as they are, whatever ends it."""
-    pods = LivePods(options.pod_resources)
+    pace = Pace(**options.pace)
+    pods = LivePods(options.pod_resources, pace.kubelet_settle)
     scraper = Scraper(allow_loopback=options.scrape_loopback) if options.metering else None
     kubeconfig = Path(options.kubeconfig) if options.kubeconfig else None
     node_meter = meter_of(
@@ -97,7 +98,7 @@ async def run(options: AgentOptions) -> None:
                 writer=LiveWriter(client),
                 scrape=scraper.scrape if scraper else None,
                 node_meter=node_meter,
-                pace=Pace(**options.pace),
+                pace=pace,
             )
             await _serve(agent, options, lambda: node.cache.is_synced)
             watchdog = Watchdog(agent.progress)

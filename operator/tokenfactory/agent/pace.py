@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenfactory.agent.kubelet_memory import SETTLE_SECONDS
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -15,6 +17,8 @@ class Pace:
     """While a call is outstanding or failed."""
     observe: float = 5.0
     pods: float = 5.0
+    kubelet_settle: float = SETTLE_SECONDS
+    """How long a kubelet that has just started may take to list its pods."""
     meter: float = 15.0
     node_power: float = 10.0
     tune: float = 5.0

@@ -108,8 +108,11 @@ class SheetDesk:
         self._writer = Writer(client)
         self._sequence = 0
 
-    async def grant(self, node: str, path: tuple[str, ...], *pods: PodGrant) -> GPUNode:
-        return await self._apply(GPUNode, node, {"spec": GPUNodeSpec(path=path, pods=pods)})
+    async def grant(
+        self, node: str, path: tuple[str, ...], *pods: PodGrant, overhead_milliwatts: int = 0
+    ) -> GPUNode:
+        spec = GPUNodeSpec(path=path, pods=pods, overhead_milliwatts=overhead_milliwatts)
+        return await self._apply(GPUNode, node, {"spec": spec})
 
     async def publish(
         self,
