@@ -85,6 +85,12 @@ class SimulatedGpu:
         with self._node.look() as state:
             return int(state.limit_writes[self.index])
 
+    @property
+    def limit_set_at(self) -> float:
+        """When a limit was last accepted, in seconds of this node's clock (real time: CLOCK_MONOTONIC)."""
+        with self._node.look() as state:
+            return int(state.limit_set_ns[self.index]) / 1e9
+
     def set_load(self, share: float) -> None:
         """0: idle; 1: everything the board can draw."""
         self.set(load=share, demand_watts=-1.0)

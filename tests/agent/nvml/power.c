@@ -44,6 +44,7 @@ static int set_limit(struct call *c, unsigned scope, unsigned mw)
     if (mw < least || mw > most)
         return leave(c, INVALID_ARGUMENT);
     c->state->limit_writes[c->index]++;
+    c->state->limit_set_ns[c->index] = now(c);
     if (gpu->ignore_limit_writes)
         return leave(c, SUCCESS);
     c->dirty = 1;

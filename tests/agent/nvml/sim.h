@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define SIM_MAGIC 0x544f4b46
-#define SIM_LAYOUT 1
+#define SIM_LAYOUT 2
 #define SIM_GPUS 16
 #define SIM_LINKS 36
 #define SIM_INSTANCES 8
@@ -179,6 +179,7 @@ struct sim_state {
     uint32_t clients[SIM_CLIENTS];
     uint64_t calls[SIM_FUNCTIONS];
     uint64_t limit_writes[SIM_GPUS];
+    int64_t limit_set_ns[SIM_GPUS];   /* when the last of them was accepted, on this node's clock */
     struct sim_fault faults[SIM_FAULTS];
     uint64_t event_count;
     struct sim_event events[SIM_EVENTS];
