@@ -8,6 +8,7 @@ the prices themselves: by weak duality they bound what any allocation could make
 
 import sys
 import time
+from dataclasses import replace
 from statistics import median
 
 import highspy
@@ -197,10 +198,13 @@ def measure(report, label, gpus, cold_goal, change_goal):
     limits, market = clearing.limits, clearing.market
     assert (clearing.drawn <= limits).all()
     repeats = 3 if quick() else 9
+    begun = time.process_time()
     runs = [cold(classes, parents, gpu_domain, gpu_class, limits)[0] for _ in range(repeats)]
-    # The least disturbed run is the goal's: the machine may be shared. The median stands beside it.
-    report.add(f"seconds_{label}", min(runs), "s", cold_goal)
-    report.add(f"seconds_{label}_median", median(runs), "s")
+    working = (time.process_time() - begun) / repeats
+    # The goal is the median's. Where others work on the machine, the processor's own time says what it costs alone.
+    report.add(f"seconds_{label}", median(runs), "s", cold_goal)
+    report.add(f"seconds_{label}_least", min(runs), "s")
+    report.add(f"seconds_{label}_processor", working, "s")
     middle, worst = one_change(clearing, rng, 20 if quick() else 100)
     report.add(f"seconds_{label}_one_limit", middle, "s", change_goal)
     report.add(f"seconds_{label}_one_limit_worst", worst, "s")
@@ -214,7 +218,7 @@ def measure(report, label, gpus, cold_goal, change_goal):
     return clearing, above
 
 
-def budgets_across(report, label, clearing):
+def budgets_across(report, label, clearing, goal):
     """Three factories, each with a budget of 80 % of what it would spend."""
     market = clearing.market
     goods, fleet = market.order.goods, market.fleet
@@ -225,10 +229,24 @@ def budgets_across(report, label, clearing):
         least = int((fleet.gpus * goods.minimum[fleet.class_index])[mine].sum())
         freely = int((fleet.gpus * clearing.caps)[mine].sum())
         purses.append(Purse(factory, members, least + (freely - least) * 4 // 5))
-    begun = time.perf_counter()
-    settled = settle(market.forest, goods, fleet, market.committed, clearing.limits, tuple(purses))
-    report.add(f"seconds_{label}_three_budgets", time.perf_counter() - begun, "s")
-    assert not settled.overdrawn
+    base, limits = market.base, clearing.limits
+
+    def settled(limits, purses, before=None):
+        begun = time.process_time()
+        found = settle(market.forest, goods, fleet, market.committed, limits, purses, before=before)
+        assert not found.overdrawn
+        return time.process_time() - begun, found
+
+    # On the processor's clock: some hundred clearings are soon doubled by whatever else runs.
+    seconds, first = settled(limits, tuple(purses))
+    report.add(f"seconds_{label}_three_budgets", seconds, "s", goal)
+    lowered = limits.copy()
+    hall = int(np.flatnonzero(market.forest.depth == 1)[0])
+    lowered[hall] = base[hall] + (limits[hall] - base[hall]) * 9 // 10
+    seconds, second = settled(lowered, tuple(purses), first)
+    report.add(f"seconds_{label}_three_budgets_one_limit", seconds, "s")
+    purses[0] = replace(purses[0], milliwatts=purses[0].milliwatts * 98 // 100)
+    report.add(f"seconds_{label}_three_budgets_one_budget", settled(lowered, tuple(purses), second)[0], "s")
 
 
 def beside_highs(report, label, clearing, above):
@@ -248,8 +266,8 @@ def main() -> int:
         clearing, above = measure(report, label, gpus, cold_goal, "<= 0.005")
         if label != "1m" or not quick():
             beside_highs(report, label, clearing, above)
-        if label == "16k" or (label == "131k" and not quick()):
-            budgets_across(report, label, clearing)
+        if label != "1m":
+            budgets_across(report, label, clearing, "<= 0.5")
     return report.show()
 
 

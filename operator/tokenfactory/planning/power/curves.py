@@ -79,8 +79,49 @@ def join(offers: list[Offer]) -> Offer:
     )
 
 
+def sorting(key: IntArray) -> IntArray:
+    """`argsort(key, kind="stable")` of keys that are not negative, by sorting numbers that hold key and place at once:
+    sorting plain numbers is much faster than sorting places by them.
+    """
+    bits = int(key.size).bit_length()
+    if key.size == 0 or int(key.max()) >> (62 - bits):
+        return np.argsort(key, kind="stable")
+    packed = (key << bits) | np.arange(key.size)
+    packed.sort()
+    packed &= (1 << bits) - 1
+    return packed
+
+
+def _merge_whole(count: int, cells: int, offer: Offer) -> Curves:
+    """`merge` where no child is stopped by its limit, such as at the leaves."""
+    key = offer.domain * cells + offer.cell
+    by_key = sorting(key)
+    key, watts = key[by_key], offer.watts[by_key]
+    new = np.empty(key.size, dtype=np.bool_)
+    new[:1] = True
+    np.not_equal(key[1:], key[:-1], out=new[1:])
+    if not new.all():
+        starts = np.flatnonzero(new)
+        key, watts = key[starts], np.add.reduceat(watts, starts)
+    domain = key // max(cells, 1)
+    none = empty_offer()
+    return Curves(
+        count,
+        domain,
+        key - domain * cells,
+        watts,
+        watts,
+        none.stub_domain,
+        none.stub_cell,
+        none.stub_end,
+        none.stub_watts,
+    )
+
+
 def merge(count: int, cells: int, offer: Offer) -> Curves:
     """Adds up what counts for the same domain and cell."""
+    if not offer.stub_cell.size:
+        return _merge_whole(count, cells, offer)
     stub_key = offer.stub_domain * cells + offer.stub_cell
     stub_part = offer.stub_watts * offer.stub_end
     key = np.concatenate((offer.domain * cells + offer.cell, stub_key))
@@ -95,7 +136,7 @@ def merge(count: int, cells: int, offer: Offer) -> Curves:
         full_sum = full[where].astype(np.int64)
         part_sum = part[where].astype(np.float64)
     else:
-        by_key = np.argsort(key, kind="stable")
+        by_key = sorting(key)
         key = key[by_key]
         starts = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1]))[: key.size])
         where = key[starts]
@@ -103,7 +144,7 @@ def merge(count: int, cells: int, offer: Offer) -> Curves:
         if key.size:
             full_sum = np.add.reduceat(full_in[by_key], starts)
             part_sum = np.add.reduceat(part_in[by_key], starts)
-    by_stub = np.argsort(offer.stub_domain, kind="stable")
+    by_stub = sorting(offer.stub_domain)
     domain = where // cells if cells else where
     return Curves(
         count=count,
@@ -124,9 +165,8 @@ def fill(curves: Curves, cells: int, budget: IntArray) -> tuple[IntArray, FloatA
     n = curves.count
     start = np.searchsorted(curves.domain, np.arange(n + 1))
     before_all = np.concatenate(([0], np.cumsum(curves.total)))
-    spent = before_all[1:] - before_all[start[:-1]][curves.domain]
-    fits = spent <= budget[curves.domain]
     # Within a domain the sum only rises, so those that fit are a prefix.
+    fits = before_all[1:] <= (before_all[start[:-1]] + budget)[curves.domain]
     kept = np.bincount(curves.domain[fits], minlength=n).astype(np.int64)
     stop = start[:-1] + kept
     stopped = np.flatnonzero(stop < start[1:])
@@ -176,8 +216,10 @@ def _part_of_cell(
 def offer_upwards(curves: Curves, cell: IntArray, fraction: FloatArray, parent: IntArray) -> Offer:
     """The curves cut off at each domain's own level, counted for the domain's parent."""
     level = cell[curves.domain]
-    whole = np.flatnonzero((curves.cell < level) & (curves.full > 0))
-    cut = np.flatnonzero((curves.cell == level) & (fraction[curves.domain] > 0) & (curves.full > 0))
+    up_to = np.flatnonzero((curves.cell <= level) & (curves.full > 0))
+    at_level = curves.cell[up_to] == level[up_to]
+    whole, last = up_to[~at_level], up_to[at_level]
+    cut = last[fraction[curves.domain[last]] > 0]
     stub_level = cell[curves.stub_domain]
     end = np.where(
         curves.stub_cell == stub_level,
