@@ -23,6 +23,7 @@ NOT_IN_THIS_RUN = {
     *(("create", kind) for kind in ("checkpoints", "deployments", "services")),
     # Old checkpoints, and curves learned by the operator.
     ("delete", "checkpoints"),
+    ("create", "powerprofiles"),
     ("patch", "powerprofiles/status"),
     # Lists and watches see all of these; a single one is read only in doubt.
     *(

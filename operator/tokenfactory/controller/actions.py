@@ -10,6 +10,7 @@ from tokenfactory.api.cap_sheet import CapSheet, CapSheetSpec
 from tokenfactory.api.checkpoint import CheckpointSpec
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import Api, Resource
+from tokenfactory.api.power_profile import PowerProfileSpec
 from tokenfactory.kube.objects import ObjectRef, Pod
 from tokenfactory.kube.resources import Key
 
@@ -107,6 +108,15 @@ class RecordCheckpoint:
 
 
 @dataclass(frozen=True)
+class RecordProfile:
+    """A PowerProfile of the operator's own, for a model that no person's profile speaks of."""
+
+    name: str
+    spec: PowerProfileSpec
+    reason: str
+
+
+@dataclass(frozen=True)
 class WriteStatus:
     held: Resource
     status: Api
@@ -135,6 +145,7 @@ Action = (
     | MarkPod
     | TaintNode
     | RecordCheckpoint
+    | RecordProfile
     | WriteStatus
     | Tell
 )

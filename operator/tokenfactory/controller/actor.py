@@ -21,6 +21,7 @@ from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet
 from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import OwnerReference, Resource
+from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.unsettled import Unsettled, touched
 from tokenfactory.kube.apply import Precondition, Refused, Unchanged, Writer, Written
@@ -139,13 +140,23 @@ class Actor:
             case act.TaintNode(node, version, taints):
                 body = {"metadata": {"resourceVersion": version}, "spec": {"taints": list(taints)}}
                 return await self._merge(object_path(Node, ("", node)), body)
-            case act.RecordCheckpoint(key, spec, owner):
-                return await self.writer.apply(Checkpoint, key, {"spec": spec}, owners=(_owner(owner),))
+            case act.RecordCheckpoint() | act.RecordProfile():
+                return await self._record(action)
             case act.WriteStatus():
                 return await self._status(action)
             case act.Tell():
                 self._tell(action)
                 return Unchanged()
+
+    async def _record(
+        self, action: act.RecordCheckpoint | act.RecordProfile
+    ) -> Written[Any] | Unchanged | Refused:
+        if isinstance(action, act.RecordCheckpoint):
+            owners = (_owner(action.owner),)
+            return await self.writer.apply(Checkpoint, action.key, {"spec": action.spec}, owners=owners)
+        # Only ever a new one: what exists may be a person's.
+        content, labels = {"spec": action.spec}, {names.LEARNED_LABEL: "true"}
+        return await self.writer.create(PowerProfile, ("", action.name), content, labels=labels)
 
     async def _status(self, action: act.WriteStatus) -> Written[Any] | Unchanged | Refused:
         """Every ten seconds at most, unless a condition changed."""

@@ -16,6 +16,7 @@ from tokenfactory.controller.plan.accounting import account
 from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.choosing import choose
 from tokenfactory.controller.plan.domains import Grid, lay_out
+from tokenfactory.controller.plan.learning import learn_profiles
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
 from tokenfactory.controller.plan.placing import grant, open_gates
@@ -98,6 +99,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions += _tell(books)
     actions += _unread(snapshot.unread_factories, memory.unread)
     actions += retire(world, ledger)
+    lessons, taught = learn_profiles(world, memory.lessons)
+    actions += taught
     if unreadable:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
@@ -111,6 +114,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         refused,
         less.memory,
         unread=snapshot.unread_factories,
+        lessons=lessons,
         ledger=ledger,
     )
     return Composed(plan, books, remembered)

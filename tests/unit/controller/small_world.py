@@ -16,7 +16,7 @@ import yaml
 
 from tokenfactory.api import names
 from tokenfactory.api.cap_sheet import CapSheet
-from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus
+from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus, PodMeter
 from tokenfactory.api.meta import ObjectMeta, OwnerReference
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.power_profile import PowerProfile
@@ -100,6 +100,8 @@ class SmallWorld:
         self.renewals = 0
         self.memory = PlanMemory()
         self.before_write: Callable[[act.Action], None] = lambda _: None
+        self.meters: Callable[[Agent, dict[str, Pod]], tuple[PodMeter, ...]] = lambda _agent, _holding: ()
+        """What an agent counts for the pods that hold its GPUs (pod by GPU's uuid)."""
         self._drew: dict[str, int] = {}
 
     def fork(self) -> "SmallWorld":
@@ -274,6 +276,16 @@ class SmallWorld:
                     held.spec, taints=tuple(msgspec.convert(dict(taint), type=Taint) for taint in taints)
                 )
                 self.put(msgspec.structs.replace(held, spec=spec))
+            case _:
+                self._note(action)
+
+    def _note(self, action: act.Action) -> None:
+        """What is only told or written down."""
+        match action:
+            case act.RecordProfile(name, spec):
+                assert ("", name) not in self.objects[PowerProfile]
+                meta = ObjectMeta(name=name, labels={names.LEARNED_LABEL: "true"})
+                self.put(PowerProfile(metadata=meta, spec=spec), new_generation=True)
             case act.WriteStatus(held, status):
                 current = self.objects[type(held)][_key(held)]
                 self.put(msgspec.structs.replace(current, status=status))
@@ -409,6 +421,7 @@ class SmallWorld:
             ),
             gpus=tuple(_gpu_status(agent, index, holding, enforced) for index in range(agent.gpus)),
             overhead_milliwatts=agent.overhead_milliwatts,
+            meters=self.meters(agent, holding),
         )
         if status != node.status:
             self.put(msgspec.structs.replace(node, status=status))

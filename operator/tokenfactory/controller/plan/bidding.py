@@ -13,13 +13,12 @@ from tokenfactory.api.quantities import (
     Milliwatts,
     parse_decimal,
     parse_duration,
-    parse_power,
     parse_power_or_percent,
 )
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.domains import Grid
-from tokenfactory.controller.plan.profiles import profile_of
+from tokenfactory.controller.plan.profiles import model_points
 from tokenfactory.controller.plan.purses import factory_name, for_sale
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import budgets, catalogue
@@ -29,7 +28,7 @@ from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.market import Clearing, Market
-from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked, unknown
+from tokenfactory.planning.power.profile import Hull, Requirement, hull_of, parked, unknown
 from tokenfactory.planning.power.zones import Allotment, Sale, put_on_sale
 
 FactoryKey = tuple[str, str]
@@ -216,33 +215,6 @@ def model_hull(world: World, model: ModelSpec, product: str, low: int, high: int
         maximum_milliwatts=high,
         gpus_per_replica=model.gpus_per_replica,
     )
-
-
-def model_points(world: World, model: ModelSpec, product: str, high: int = 0) -> tuple[Point, ...]:
-    """Measured points of a PowerProfile, else typical ones of the catalogue; empty for what nobody measured."""
-    points = profile_points(world, model, product)
-    if points:
-        return points
-    size = catalogue.billions_in(model.nim.image.rsplit("/", 1)[-1])
-    return catalogue.curve_of(product, size, maximum_milliwatts=high)
-
-
-def profile_points(world: World, model: ModelSpec, product: str) -> tuple[Point, ...]:
-    profile = profile_of(world, model, product)
-    return tuple(
-        Point(
-            milliwatts=parse_power(point.watts),
-            tokens_per_second=float(parse_decimal(point.tokens_per_second)),
-            concurrency=point.concurrency,
-            inter_token_milliseconds=_milliseconds(point.inter_token_latency),
-            first_token_milliseconds=_milliseconds(point.time_to_first_token),
-        )
-        for point in (profile.points if profile is not None else ())
-    )
-
-
-def _milliseconds(text: str | None) -> float | None:
-    return None if text is None else float(parse_duration(text))
 
 
 # --- supply

@@ -11,6 +11,7 @@ from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.bidding import model_hull, worthwhile
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
+from tokenfactory.controller.plan.profiles import gpu_range
 from tokenfactory.controller.plan.quarantining import health_of
 from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.rooms import Rooms, Wanted
@@ -49,7 +50,7 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
     }
     if not waiting:
         return Choice((), ())
-    ranges = _ranges(world)
+    ranges = gpu_range(world)
     # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
     rooms = Rooms(world, grid, ledger, ranges)
     grouped = any(replica.group for replica in waiting.values())
@@ -182,16 +183,6 @@ def _request(
         weights=f"{namespace}/{factory.metadata.name}/{model.name}",
         refused=refusals(world, grid.tree, factory, model),
     )
-
-
-def _ranges(world: World) -> dict[str, tuple[int, int]]:
-    """Lowest and highest cap of each product, as its agents report them."""
-    ranges: dict[str, tuple[int, int]] = {}
-    for host in world.hosts.values():
-        for gpu in host.held.status.gpus if host.held else ():
-            low, high = ranges.get(gpu.product, (0, 0))
-            ranges[gpu.product] = (max(low, gpu.min_milliwatts), max(high, gpu.max_milliwatts))
-    return ranges
 
 
 def _headroom(world: World, grid: Grid, ledger: Ledger) -> dict[str, int]:

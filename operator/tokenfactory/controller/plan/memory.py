@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tokenfactory.controller.plan.learning import Lessons
 from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.shedding import Shedding
 from tokenfactory.kube.resources import Key
@@ -41,5 +42,6 @@ class Memory:
     shedding: Shedding = field(default_factory=Shedding)
     unread: Mapping[Key, str] = field(default_factory=dict)
     """Factories that could not be read, and why, as people were told."""
+    lessons: Lessons = field(default_factory=Lessons)
     ledger: Ledger | None = None
     """Of the last round: what has not changed since is not worked out again."""

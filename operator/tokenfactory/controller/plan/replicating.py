@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec
-from tokenfactory.controller.plan.bidding import model_points
+from tokenfactory.controller.plan.profiles import model_points
 from tokenfactory.controller.plan.world import Replica, World, whole
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.operating_point import Goals

@@ -39,6 +39,7 @@ ABSURD = 1e8
 SLOWER = 0.08
 DOUBT = 0.5
 KNOWN_WEIGHT = 2.0
+RECALLED_WEIGHT = 2 * KNOWN_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +205,64 @@ def begin(
     )
 
 
-def learn(state: Learned, observations: Iterable[Observation]) -> Learned:
-    """One control period later. Old observations fade first."""
-    weight, total = state.weight * KEEP, state.total * KEEP
-    latency_weight, latency_total = state.latency_weight * KEEP, state.latency_total * KEEP
+def recall(state: Learned, known: Iterable[Point]) -> Learned:
+    """What was known once and written down: each point as if it had just been seen well enough."""
+    weight, total = state.weight.copy(), state.total.copy()
+    latency_weight, latency_total = state.latency_weight, state.latency_total
+    for point in known:
+        at = round((point.milliwatts - state.minimum_milliwatts) / GRID_MILLIWATTS)
+        if not 0 <= at < state.prior.size or not 0 < point.tokens_per_second < ABSURD:
+            continue
+        weight[at] += RECALLED_WEIGHT
+        total[at] += RECALLED_WEIGHT * point.tokens_per_second
+        if point.inter_token_milliseconds is not None:
+            latency_weight += RECALLED_WEIGHT
+            latency_total += RECALLED_WEIGHT * point.tokens_per_second * point.inter_token_milliseconds
+    return replace(
+        state, weight=weight, total=total, latency_weight=latency_weight, latency_total=latency_total
+    )
+
+
+def best_by_cap(points: Iterable[Point]) -> list[tuple[int, float]]:
+    """(cap, tokens per second) at whatever load is best there: what a saturated GPU makes."""
+    best: dict[int, float] = {}
+    for point in points:
+        best[point.milliwatts] = max(best.get(point.milliwatts, 0.0), point.tokens_per_second)
+    return sorted(best.items())
+
+
+def bend(points: Iterable[Point], known: Iterable[Point]) -> tuple[Point, ...]:
+    """Points of a catalogue or a person, at every load, bent to what the factory has seen; and what it has seen.
+
+    Between two caps that were seen the correction goes evenly from one to the other, beyond them it stays. Below the
+    lowest that was seen a GPU is not believed to be faster than the points say: an SLO floor may be there.
+    """
+    given, seen = tuple(points), sorted(known, key=lambda point: point.milliwatts)
+    curve = best_by_cap(given)
+    if not curve or not seen:
+        return (*given, *seen)
+    caps = [point.milliwatts for point in seen]
+    thought = np.interp(caps, [cap for cap, _ in curve], [tokens for _, tokens in curve])
+    shares = [point.tokens_per_second / max(float(t), 1e-9) for point, t in zip(seen, thought, strict=True)]
+    bent = []
+    for point in given:
+        share = float(np.interp(point.milliwatts, caps, shares))
+        share = max(min(share, 1.0) if point.milliwatts < caps[0] else share, 1e-9)
+        late = point.inter_token_milliseconds
+        bent.append(
+            replace(
+                point,
+                tokens_per_second=point.tokens_per_second * share,
+                inter_token_milliseconds=None if late is None else late / share,
+            )
+        )
+    return (*bent, *seen)
+
+
+def learn(state: Learned, observations: Iterable[Observation], keep: float = KEEP) -> Learned:
+    """One control period later. Old observations fade first; `keep` is what is left of their weight."""
+    weight, total = state.weight * keep, state.total * keep
+    latency_weight, latency_total = state.latency_weight * keep, state.latency_total * keep
     expected = state.estimate()
     trusted = state.confidence() > 0
     for seen in observations:

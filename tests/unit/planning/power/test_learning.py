@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenfactory.planning.power.learning import Observation, begin, learn
+from tokenfactory.planning.power.learning import Observation, begin, bend, best_by_cap, learn, recall
+from tokenfactory.planning.power.profile import Point
 
 LOW, HIGH = 200_000, 700_000
 PRIOR = [(200_000, 100.0), (500_000, 1000.0), (700_000, 1000.0)]
@@ -154,3 +155,36 @@ def test_whatever_is_reported_the_curve_stays_rising_and_the_floor_within_the_li
     assert hull.milliwatts[0] == LOW
     step = state.next_step_down()
     assert step is None or LOW <= step < state.safe_floor() + 1
+
+
+def test_what_was_written_down_is_known_again():
+    state = fresh()
+    for _ in range(5):
+        state = learn(state, [Observation(c, true_tokens(c), 8, 30.0) for c in range(300_000, HIGH, 50_000)])
+    again = recall(fresh(), state.points())
+    assert again.confidence() == state.confidence() > 0
+    assert at(again, 450_000) == pytest.approx(at(state, 450_000), rel=0.02)
+    assert again.latency_total / again.latency_weight == pytest.approx(
+        state.latency_total / state.latency_weight, rel=0.05
+    )
+    wild = [Point(10**9, 1.0), Point(1, 1.0), Point(300_000, float("nan")), Point(300_000, -1.0)]
+    assert recall(fresh(), wild).confidence() == 0
+
+
+def test_given_points_are_bent_to_what_was_seen_at_every_load_and_trusted_no_further_below_it():
+    given = [Point(c, t * load, load, 10.0 * load) for c, t in PRIOR for load in (1, 2)]
+    seen = [Point(450_000, 1190.0, 2, 30.0), Point(600_000, 1800.0, 2, 20.0)]
+    bent = bend(given, seen)
+    assert bent[-2:] == tuple(seen)
+    by_place = {(p.milliwatts, p.concurrency): p for p in bent}
+    # 1700 and 2000 were thought there: 0.7 and 0.9 of it were seen, so 0.7 + a third of 0.2 at 500 W.
+    assert by_place[500_000, 2].tokens_per_second == pytest.approx(2000 * (0.7 + 0.2 / 3))
+    assert by_place[500_000, 1].tokens_per_second == pytest.approx(1000 * (0.7 + 0.2 / 3))
+    assert by_place[500_000, 2].inter_token_milliseconds == pytest.approx(20 / (0.7 + 0.2 / 3))
+    assert by_place[700_000, 2].tokens_per_second == pytest.approx(2000 * 0.9)
+    assert by_place[200_000, 1].tokens_per_second == pytest.approx(100 * 0.7)
+    faster = bend(given, [Point(450_000, 3400.0, 2)])
+    assert best_by_cap(faster)[0] == (200_000, 200.0), "not believed below what was seen"
+    assert best_by_cap(faster)[-1] == (700_000, 4000.0)
+    assert bend((), seen) == tuple(seen)
+    assert bend(given, ()) == tuple(given)
