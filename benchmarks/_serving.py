@@ -62,7 +62,7 @@ def recorded(path: Path, copies: int, minutes: int, seed: int) -> tuple[list[Req
         ]
         source = f"recorded traffic of {path.name}"
     else:
-        base, source = _synthetic(rng), f"no {path}: a synthetic hour from the seed"
+        base, source = _synthetic(rng), "a synthetic hour from the seed"
     requests = [
         Request(max(r.at + rng.uniform(-15, 15), 0.0), r.prompt, max(r.generate, 1))
         for r in base

@@ -4,13 +4,21 @@ The same traffic, curves, router and start-up delay for all, in the same run:
 - all replicas on at the GPUs' default limit;
 - all replicas on at a fixed cap of 70 %;
 - a HorizontalPodAutoscaler on queue length (requests per replica, 15 s, tolerance 10 %, 300 s before it scales in) at
-  default limits, with several targets: what is compared is the most efficient that keeps the SLOs no less often than
-  ours, else the one that keeps them most often.
+  default limits, with several targets: what is compared is the most efficient that attains no less than ours, else the
+  one that attains most.
+
+Attainment has two measures. By minutes: the share of minutes whose 95th percentiles keep the SLO, which is what the SLO
+says. By requests: the share of requests that keep it themselves, far beyond what a 95th percentile asks. Whose users need
+that writes a tighter SLO: the second row of ours is the same policy, asked for a part of the latencies, and is held to
+attain no fewer requests than each of the others.
+
+The policy was tuned on the recorded hour, so all is repeated on traffic that it was not tuned on, made from another seed.
 TRACE=path names another trace (TIMESTAMP,ContextTokens,GeneratedTokens).
 """
 
 import os
 from collections import deque
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 
@@ -44,6 +52,8 @@ MINUTES = 30 if QUICK else 59
 COPIES = int(os.environ.get("COPIES", "4" if QUICK else "10"))
 MOST = 10 if QUICK else 24
 FIRST_TOKEN, LATENCY = 1.0, 0.05
+TIGHTER = 0.65
+"""Of the SLO: what the second row of ours is asked for."""
 TRACE = Path(
     os.environ.get("TRACE")
     or Path(__file__).resolve().parents[2] / "shared" / "data" / "llm_requests_conversation_2023.csv"
@@ -96,10 +106,10 @@ class QueueLength:
 class Ours:
     """The product's own decision over what an agent would report."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: float = 1.0) -> None:
         self.points = profile()
         self.memory = Memory()
-        self.goals = Goals(1, MOST, FIRST_TOKEN * 1000, LATENCY * 1000)
+        self.goals = Goals(1, MOST, asked * FIRST_TOKEN * 1000, asked * LATENCY * 1000)
         self.tuning = Tuning(gpus_per_replica=GPUS, startup_milliseconds=int(START_SECONDS * 1000))
 
     def decide(self, now: float, fleet: FleetSimulation) -> None:
@@ -152,21 +162,13 @@ class Outcome:
         self.cap = simulation.cap
 
 
-def main() -> None:
-    requests, source = recorded(TRACE, COPIES, MINUTES, SEED)
-    print(
-        f"seed {SEED}; {source}; {COPIES} times {MINUTES} minutes, {len(requests):,} requests, {MOST} replicas at most"
-    )
-    print(
-        f"SLO per minute, 95th percentile: first token {FIRST_TOKEN}s, between tokens {LATENCY * 1000:.0f}ms"
-    )
+def measure(requests: list[Request], prefix: str) -> list[Figure]:
     ours = Outcome("ours", Ours(), requests)
+    tight = Outcome(f"ours, asked for {TIGHTER:.0%} of the SLO", Ours(TIGHTER), requests)
     on = Outcome("all on, default limit", Fixed(DEFAULT_WATTS), requests)
     fixed = Outcome("all on, cap at 70 %", Fixed(0.7 * DEFAULT_WATTS), requests)
     targets = (16, 32) if QUICK else (12, 16, 24, 32, 40, 48)
     scaled = [Outcome(f"HPA, {t} requests per replica", QueueLength(t), requests) for t in targets]
-    equal = [h for h in scaled if h.minutes >= ours.minutes]
-    hpa = max(equal, key=lambda h: h.per_joule) if equal else max(scaled, key=lambda h: h.minutes)
     columns = (
         "policy",
         "tokens/J node",
@@ -177,32 +179,69 @@ def main() -> None:
         "replicas",
         "changes",
     )
-    table(
-        columns,
-        [
-            (
-                o.name + (" *" if o is hpa else ""),
-                f"{o.per_joule:.3f}",
-                f"{o.per_gpu_joule:.3f}",
-                f"{o.minutes:.1%}",
-                f"{o.requests:.2%}",
-                f"{o.served:.1%}",
-                f"{o.replicas:.1f}",
-                o.changes,
-            )
-            for o in (ours, on, fixed, *scaled)
-        ],
-    )
+    rows = [
+        (
+            o.name,
+            f"{o.per_joule:.3f}",
+            f"{o.per_gpu_joule:.3f}",
+            f"{o.minutes:.1%}",
+            f"{o.requests:.3%}",
+            f"{o.served:.1%}",
+            f"{o.replicas:.1f}",
+            o.changes,
+        )
+        for o in (ours, tight, on, fixed, *scaled)
+    ]
+    table(columns, rows)
+
+    def peer(least: float, attained_by: Callable[[Outcome], float]) -> Outcome:
+        equal = [h for h in scaled if attained_by(h) >= least]
+        return max(equal, key=lambda h: h.per_joule) if equal else max(scaled, key=attained_by)
+
+    hpa = peer(ours.minutes, lambda h: h.minutes)
+    same = peer(ours.requests, lambda h: h.requests)
+    tighter = peer(tight.requests, lambda h: h.requests)
     figures = [
-        Figure("tokens_per_joule_ours", ours.per_joule, "tokens/J"),
-        Figure("slo_minutes_ours", ours.minutes, "ratio"),
+        Figure(f"{prefix}tokens_per_joule_ours", ours.per_joule, "tokens/J"),
+        Figure(f"{prefix}slo_minutes_ours", ours.minutes, "ratio"),
+        Figure(f"{prefix}slo_requests_ours", ours.requests, "ratio"),
+        Figure(f"{prefix}tokens_per_joule_tight", tight.per_joule, "tokens/J"),
+        Figure(f"{prefix}slo_requests_tight", tight.requests, "ratio"),
+        Figure(
+            f"{prefix}tokens_per_joule_over_hpa_that_serves_as_many_in_time",
+            ours.per_joule / same.per_joule,
+            "ratio",
+            "> 1",
+        ),
     ]
     for name, other in (("all_on", on), ("fixed_cap_70", fixed), ("hpa_queue_length", hpa)):
-        figures.append(
-            Figure(f"tokens_per_joule_over_{name}", ours.per_joule / other.per_joule, "ratio", "> 1")
+        figures += _against(f"{prefix}", name, ours, other, ours.minutes - other.minutes, "minutes")
+    for name, other in (("all_on", on), ("fixed_cap_70", fixed), ("hpa_queue_length", tighter)):
+        figures += _against(
+            f"{prefix}tight_", name, tight, other, tight.requests - other.requests, "requests"
         )
-        figures.append(Figure(f"slo_minutes_above_{name}", ours.minutes - other.minutes, "ratio", ">= 0"))
-        figures.append(Figure(f"slo_requests_above_{name}", ours.requests - other.requests, "ratio"))
+    return figures
+
+
+def _against(prefix: str, name: str, ours: Outcome, other: Outcome, ahead: float, what: str) -> list[Figure]:
+    return [
+        Figure(f"{prefix}tokens_per_joule_over_{name}", ours.per_joule / other.per_joule, "ratio", "> 1"),
+        Figure(f"{prefix}slo_{what}_above_{name}", ahead, "ratio", ">= 0"),
+    ]
+
+
+def main() -> None:
+    requests, source = recorded(TRACE, COPIES, MINUTES, SEED)
+    unseen, made = recorded(Path("unseen"), COPIES, MINUTES, SEED + 1)
+    print(
+        f"seed {SEED}; {source}; {COPIES} times {MINUTES} minutes, {len(requests):,} requests, {MOST} replicas at most"
+    )
+    print(
+        f"SLO per minute, 95th percentile: first token {FIRST_TOKEN}s, between tokens {LATENCY * 1000:.0f}ms"
+    )
+    figures = measure(requests, "")
+    print(f"traffic that nothing was tuned on: seed {SEED + 1}; {made}; {len(unseen):,} requests")
+    figures += measure(unseen, "unseen_")
     report("efficiency", figures)
 
 

@@ -23,7 +23,7 @@ from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.purses import held_to, spending
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.refusing import refusals
-from tokenfactory.controller.plan.replicating import staff
+from tokenfactory.controller.plan.replicating import read_meters, staff
 from tokenfactory.controller.plan.retiring import retire
 from tokenfactory.controller.plan.serving import serve
 from tokenfactory.controller.plan.shedding import shed
@@ -62,7 +62,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     world = see(snapshot)
     grid = lay_out(world)
     ledger = _ledger(world, grid, memory.ledger)
-    staffing = staff(world, memory.replicas)
+    readings = read_meters(world, memory.readings)
+    staffing = staff(world, memory.replicas, readings)
     energy = account(world, grid, memory.energy)
     refused, replaced = refusals(world, memory.refusals)
     choice = choose(world, grid, ledger, refused)
@@ -80,7 +81,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     charging = charge_nodes(
         world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
     )
-    cleared = bidding.clear(world, grid, ledger, coming, [label for _, label in memory.shedding.parked])
+    parked = [label for _, label in memory.shedding.parked]
+    cleared = bidding.clear(world, grid, ledger, coming, parked, staffing.hurried)
     less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
     unreadable = bool(snapshot.unreadable)
@@ -113,6 +115,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         caps,
         refused,
         less.memory,
+        readings,
         unread=snapshot.unread_factories,
         lessons=lessons,
         ledger=ledger,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.market import Clearing, Market
-from tokenfactory.planning.power.profile import Hull, Requirement, hull_of, parked, unknown
+from tokenfactory.planning.power.profile import Hull, Requirement, hull_of, lifted, parked, unknown
 from tokenfactory.planning.power.zones import Allotment, Sale, put_on_sale
 
 FactoryKey = tuple[str, str]
@@ -97,9 +97,17 @@ class _Stand:
 
 
 def clear(
-    world: World, grid: Grid, ledger: Ledger, coming: Iterable[Coming], absent: Iterable[str] = ()
+    world: World,
+    grid: Grid,
+    ledger: Ledger,
+    coming: Iterable[Coming],
+    absent: Iterable[str] = (),
+    hurried: Container[tuple[str, str, str]] = (),
 ) -> Cleared | None:
-    """None when there is no domain at all. `absent` are classes to know of although nothing of them runs."""
+    """None when there is no domain at all. `absent` are classes to know of although nothing of them runs.
+
+    `hurried` are the owners of classes whose latencies are in danger: watts that nobody else can use help them at once.
+    """
     if not grid.domains:
         return None
     stands, committed = _stands(world, grid, ledger, coming)
@@ -108,7 +116,10 @@ def clear(
         idle = names.idle_class(names.class_product(label))
         if label not in ranges and idle in ranges and find_model(world, label):
             ranges[label] = ranges[idle]
-    hulls = hulls_of(world, ranges)
+    hulls = {
+        label: lifted(hull, ranges[label][1]) if names.class_owner(label) in hurried else hull
+        for label, hull in hulls_of(world, ranges).items()
+    }
     supply = _supply(world, grid, stands, committed, hulls, for_sale(world, grid, ledger))
     floors = _price_floors(world, grid, ledger, supply)
     index = supply.goods.factories.index if supply.goods.factories else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from tokenfactory.controller.plan.learning import Lessons
 from tokenfactory.controller.plan.refusing import Refusals
+from tokenfactory.controller.plan.replicating import Reading
 from tokenfactory.controller.plan.shedding import Shedding
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
@@ -40,6 +41,8 @@ class Memory:
     """By (domain, class)."""
     refusals: Refusals = field(default_factory=Refusals)
     shedding: Shedding = field(default_factory=Shedding)
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    """By pod UID."""
     unread: Mapping[Key, str] = field(default_factory=dict)
     """Factories that could not be read, and why, as people were told."""
     lessons: Lessons = field(default_factory=Lessons)

@@ -5,13 +5,17 @@ stretch, and a bridge (a *chord*) is no place for a GPU to be: a share of the re
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from tokenfactory.planning.power.goods import PowerClass
 
 # Points this close below the hull count as on it: they are as good, and measurements are not exact.
 _ON_HULL = 0.995
+LIFT_TO = 0.9
+"""Of the highest limit: prefill, which draws the most, hardly gains from the last tenth."""
+LEAST_GAIN = 1e-3
+"""What the watts of a lifted cap are taken to bring, as a share of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,26 @@ def unknown(minimum_milliwatts: int, maximum_milliwatts: int) -> Hull:
         return parked(minimum_milliwatts)
     tokens = (float(minimum_milliwatts) / 1000, float(maximum_milliwatts) / 1000)
     return Hull((minimum_milliwatts, maximum_milliwatts), tokens, 0, (False,), 1, meets_slo=True)
+
+
+def lifted(hull: Hull, maximum_milliwatts: int) -> Hull:
+    """With watts that bring next to nothing, up to `LIFT_TO` of the most: for a moment in which a latency is in danger.
+
+    What prefill makes of watts is in no profile of generated tokens. The market buys them only when nobody else can
+    make anything of them.
+    """
+    useful = max((i for i in range(1, len(hull.tokens)) if hull.tokens[i] > hull.tokens[i - 1]), default=0)
+    top, watts, tokens = int(maximum_milliwatts * LIFT_TO), hull.milliwatts[useful], hull.tokens[useful]
+    if useful == 0 or watts >= top:
+        return hull
+    before = (tokens - hull.tokens[useful - 1]) / (watts - hull.milliwatts[useful - 1])
+    little = min(LEAST_GAIN * tokens, before * (top - watts) / 2)
+    return replace(
+        hull,
+        milliwatts=(*hull.milliwatts[: useful + 1], top),
+        tokens=(*hull.tokens[: useful + 1], tokens + little),
+        chords=(*hull.chords[:useful], False),
+    )
 
 
 def hull_of(
