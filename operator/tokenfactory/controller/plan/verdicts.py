@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.quantities import parse_decimal, parse_duration
 from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory
@@ -198,6 +200,8 @@ def _efficiency(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Ver
         replicas=facts.ready,
         min_replicas=sum(model.replicas.min for model in factory.spec.models),
         best_tokens_per_joule=floor.reached.tokens_per_joule if floor and not floor.met else None,
+        **_by_product(books.world, facts),
+        **_cap_and_knee(books, factory),
     )
     judged = judge_efficiency(
         float(parse_decimal(target.tokens_per_joule)) if target else None,
@@ -206,6 +210,41 @@ def _efficiency(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Ver
         situation,
     )
     return ({"True": True, "False": False}.get(judged.status), judged.reason, judged.message)
+
+
+def _by_product(world: World, facts: FactoryFacts) -> dict[str, Any]:
+    """Tokens a second that each GPU product makes now, and its tokens per joule since its replicas began."""
+    rate: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    joules: dict[str, float] = {}
+    for replica in facts.replicas:
+        meter, host = facts.meters.get(replica.uid), world.hosts.get(replica.node)
+        if meter is None or host is None or not host.product:
+            continue
+        product = host.product
+        rate[product] = rate.get(product, 0.0) + meter.tokens_per_kilosecond / 1000
+        tokens[product] = tokens.get(product, 0) + meter.generated_tokens
+        joules[product] = joules.get(product, 0.0) + meter.millijoules / 1000
+    per_joule = {
+        product: tokens[product] / drawn for product, drawn in joules.items() if drawn and tokens[product]
+    }
+    return {"tokens_by_product": rate, "tokens_per_joule_by_product": per_joule}
+
+
+def _cap_and_knee(books: Books, factory: TokenFactory) -> dict[str, Any]:
+    """Of the class whose GPUs read back the highest limit above its knee."""
+    if books.cleared is None:
+        return {}
+    mine = (factory.metadata.namespace, factory.metadata.name)
+    found = [
+        (max(limits) - hull.milliwatts[hull.knee], max(limits), hull.milliwatts[hull.knee])
+        for label, hull in books.cleared.hulls.items()
+        if (names.class_owner(label) or ())[:2] == mine and (limits := books.world.enforced.get(label))
+    ]
+    if not found:
+        return {}
+    _, cap, knee = max(found)
+    return {"cap_milliwatts": cap, "knee_milliwatts": knee}
 
 
 def _points(books: Books, factory: TokenFactory) -> list[OperatingPoint]:

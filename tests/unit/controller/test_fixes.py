@@ -1,0 +1,99 @@
+"""When a target is missed, the condition names what would help most, from what was measured here."""
+
+from datetime import timedelta
+
+import msgspec
+import pytest
+from tests.unit.controller.small_world import H100, SmallWorld
+
+from tokenfactory.api.gpu_node import GPUNode, PodMeter
+from tokenfactory.api.meta import Condition
+from tokenfactory.api.token_factory import TokenFactory
+
+H200 = "NVIDIA H200"
+SITE = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: 60kW, fixedLoad: 6kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
+---
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  efficiency: {tokensPerJoule: "%s", scope: %s}
+  models:
+  - name: llama
+    nim: {image: "nvcr.io/nim/example/unmeasured:1.8.0"}
+    gpusPerReplica: 8
+    replicas: {min: %d, max: 2}
+"""
+
+
+class Site:
+    """Two replicas on two nodes, one of another product; agents say what a test wants them to have counted."""
+
+    def __init__(self, target: str, *, scope: str = "GPU", least: int = 2) -> None:
+        self.world = SmallWorld()
+        self.world.add_node("n0")
+        self.world.add_node("n1")
+        self.world.apply(SITE % (target, scope, least))
+        self.world.settle()
+        node = self.world.objects[GPUNode]["", "n1"]
+        gpus = tuple(
+            msgspec.structs.replace(gpu, product=H200, class_name=gpu.class_name.replace(H100, H200))
+            for gpu in node.status.gpus
+        )
+        self.world.put(msgspec.structs.replace(node, status=msgspec.structs.replace(node.status, gpus=gpus)))
+
+    def count(self, minute: int, joules: dict[str, int], tokens: int = 10_000, running: int = 64) -> None:
+        """One minute more of the counters: `tokens` per replica, and joules by node."""
+        for pod in self.world.ready_pods():
+            node = self.world.objects[GPUNode]["", pod.spec.node_name]
+            meter = PodMeter(
+                pod=pod.metadata.name,
+                uid=pod.metadata.uid or "",
+                since="a",
+                generated_tokens=minute * tokens,
+                millijoules=minute * joules[pod.spec.node_name] * 1000,
+                running=running,
+                tokens_per_kilosecond=tokens * 1000 // 60,
+            )
+            status = msgspec.structs.replace(node.status, meters=(meter,))
+            self.world.put(msgspec.structs.replace(node, status=status))
+
+    def verdict(self, joules: dict[str, int], **counted: int) -> Condition:
+        for minute in range(1, 4):
+            self.world.now += timedelta(seconds=61)
+            for agent in self.world.agents.values():
+                agent.heard_at = self.world.now
+            self.count(minute, joules, **counted)
+            self.world.operate()
+        factory = self.world.objects[TokenFactory]["inference", "chat"]
+        return next(each for each in factory.status.conditions if each.type == "EfficiencyMet")
+
+
+def test_met_when_measured_at_its_scope():
+    verdict = Site("0.3").verdict({"n0": 30_000, "n1": 30_000})
+    assert (verdict.status, verdict.reason) == ("True", "TargetMet")
+    assert "(GPU)" in verdict.message
+
+
+@pytest.mark.parametrize(("scope", "measured"), [("GPU", "0.33"), ("Node", "0.28"), ("Facility", "0.18")])
+def test_a_wider_scope_counts_more_joules(scope: str, measured: str):
+    """Two nodes of 1 kW beside their GPUs, and 6 kW of the hall's fixed load."""
+    verdict = Site("0.9", scope=scope).verdict({"n0": 300_000, "n1": 300_000}, tokens=100_000)
+    assert verdict.status == "False"
+    assert verdict.message.startswith(f"{measured} tokens/J of 0.9 ({scope})"), verdict.message
+
+
+def test_tokens_made_on_a_worse_product_are_named():
+    verdict = Site("0.9").verdict({"n0": 60_000, "n1": 15_000})
+    assert verdict.reason == "WorseProduct"
+    assert f"{H200} makes 0.67" in verdict.message
+
+
+def test_more_replicas_than_the_traffic_needs_are_named():
+    verdict = Site("0.9").verdict({"n0": 30_000, "n1": 30_000}, tokens=0)
+    assert verdict.reason in {"NoTraffic", "NotMeasured"}, verdict.message
