@@ -38,7 +38,10 @@ _STATUS_SECONDS = 10.0
 class Actor:
     """All writes of the controller. `guard` refuses them once we may no longer lead."""
 
-    def __init__(self, client: Client, recorder: Recorder, guard: Guard) -> None:
+    def __init__(
+        self, client: Client, recorder: Recorder, guard: Guard, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._client = client
         self._recorder = recorder
         self._guard = guard
@@ -161,7 +164,7 @@ class Actor:
     async def _status(self, action: act.WriteStatus) -> Written[Any] | Unchanged | Refused:
         """Every ten seconds at most, unless a condition changed."""
         slot = (type(action.held).KIND, key_of(action.held))
-        now = time.monotonic()
+        now = self._clock()
         if not action.urgent and now - self._told_at.get(slot, -math.inf) < _STATUS_SECONDS:
             return Unchanged()
         answer = await self.writer.status(action.held, action.status)

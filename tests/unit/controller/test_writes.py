@@ -1,0 +1,134 @@
+"""What a site costs the API server: nothing while it is settled, and little while figures move."""
+
+import random
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+from tests.unit.controller.small_world import SmallWorld
+
+from tokenfactory.api.gpu_node import GPUNode, PodMeter
+from tokenfactory.api.meta import Condition, ObjectMeta
+from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus
+from tokenfactory.controller import actions as act
+from tokenfactory.controller.actor import Actor
+from tokenfactory.kube.apply import Written
+
+SITE = """
+apiVersion: tokenfactory.dev/v1alpha1
+kind: PowerDomain
+metadata: {name: hall}
+spec: {limit: 60kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
+---
+apiVersion: tokenfactory.dev/v1alpha1
+kind: TokenFactory
+metadata: {name: chat, namespace: inference}
+spec:
+  power: {domain: hall}
+  efficiency: {tokensPerJoule: "0.1", scope: GPU}
+  models:
+  - name: llama
+    nim: {image: "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.0"}
+    gpusPerReplica: 2
+    replicas: {min: 2, max: 4}
+    slo: {timeToFirstToken: 1s, interTokenLatency: 500ms}
+"""
+EVERY_SECONDS = 10
+
+
+class Hour:
+    """Two replicas under a steady load, as agents report it anew every ten seconds."""
+
+    def __init__(self, noise: float) -> None:
+        self.world = SmallWorld()
+        for number in range(2):
+            self.world.add_node(f"n{number}")
+        self.world.apply(SITE)
+        self.world.settle()
+        self.noise = random.Random(1)
+        self.by = noise
+        self.served = 0
+
+    def report(self) -> None:
+        self.served += 1
+        for agent in self.world.agents.values():
+            agent.heard_at = self.world.now
+        nodes: dict[str, list[PodMeter]] = {}
+        for pod in self.world.ready_pods():
+            part = 1 + self.noise.uniform(-self.by, self.by)
+            meter = PodMeter(
+                pod=pod.metadata.name,
+                uid=pod.metadata.uid or "",
+                since="a",
+                generated_tokens=self.served * 10_000,
+                millijoules=self.served * 10_000_000,
+                running=32,
+                time_to_first_token_ms=int(300 * part),
+                inter_token_latency_us=int(100_000 * part),
+                tokens_per_kilosecond=int(1_000_000 * part),
+            )
+            nodes.setdefault(pod.spec.node_name, []).append(meter)
+        for name, meters in nodes.items():
+            node = self.world.objects[GPUNode]["", name]
+            status = msgspec.structs.replace(
+                node.status,
+                meters=tuple(meters),
+                draw_milliwatts=int(3_000_000 * (1 + self.noise.uniform(-self.by, self.by))),
+            )
+            self.world.put(msgspec.structs.replace(node, status=status))
+
+    def pass_by(self, seconds: int) -> list[act.Action]:
+        begin = len(self.world.writes)
+        for _ in range(0, seconds, EVERY_SECONDS):
+            self.world.now += timedelta(seconds=EVERY_SECONDS)
+            self.report()
+            self.world.operate()
+        return self.world.writes[begin:]
+
+
+def test_a_settled_site_costs_no_write_in_an_hour():
+    """Its Lease and the renewals of its sheets are written elsewhere."""
+    hour = Hour(noise=0.02)
+    hour.pass_by(900)
+    written = hour.pass_by(3600)
+    assert [str(each)[:150] for each in written] == []
+
+
+def test_figures_that_move_are_told_and_nothing_else_is_written():
+    hour = Hour(noise=0.3)
+    hour.pass_by(900)
+    written = hour.pass_by(900)
+    assert written
+    assert all(isinstance(each, act.WriteStatus) and not each.urgent for each in written)
+
+
+class Counting:
+    """Counts what would go to the API server."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self.now = 0.0
+
+    async def status(self, held: Any, _: Any) -> Written[Any]:
+        self.at.append(self.now)
+        return Written(held)
+
+
+async def test_a_status_is_written_every_ten_seconds_at_most_unless_a_condition_changes():
+    server = Counting()
+    actor = Actor(None, None, lambda: None, clock=lambda: server.now)  # type: ignore[arg-type]
+    actor.writer = server  # type: ignore[assignment]
+    held = PowerDomain(
+        metadata=ObjectMeta(name="hall"), spec=msgspec.convert({"limit": "1kW"}, type_of_spec())
+    )
+    condition = Condition(type="Compliant", status="False", reason="OverCharged")
+    for tenth in range(600):
+        server.now = tenth / 10
+        urgent = tenth in {205, 206}
+        status = PowerDomainStatus(draw=f"{tenth}W", conditions=(condition,) if urgent else ())
+        await actor.execute([act.WriteStatus(held, status, urgent=urgent)])
+    assert server.at == [0.0, 10.0, 20.0, 20.5, 20.6, 30.6, 40.6, 50.6]
+
+
+def type_of_spec() -> Any:
+    return next(field.type for field in msgspec.structs.fields(PowerDomain) if field.name == "spec")
