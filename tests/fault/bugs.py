@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
-from tests.fault.world import Kit
+from tests.fault.parts import Kit
 
 from tokenfactory.api.gpu_node import Fence
 from tokenfactory.planning.power import governor, ledger, lines, publish
@@ -141,6 +141,10 @@ def _believe_the_silent(domains, found, nodes, facts, leadership):
     return ledger._summed(replace(book, histories=histories))
 
 
+def _sheets_begin_anew(domains, found, nodes, facts, leadership):
+    return ledger.observe(domains, found, nodes, facts, replace(leadership, known_version=0))
+
+
 BUGS: Mapping[str, Kit] = {
     "skip read-back": Kit(read_back=_read_back_what_was_asked),
     "drop fencing": Kit(observe=_silence_is_a_fence),
@@ -155,5 +159,6 @@ BUGS: Mapping[str, Kit] = {
     "forget the former path": Kit(moved=_forget_the_former_path),
     "collect a pod before the agent said so": Kit(collected=_collect_at_once),
     "believe who acknowledged nothing": Kit(observe=_believe_the_silent),
+    "forget that a sheet was there": Kit(observe=_sheets_begin_anew),
 }
-"""By name. The first eight are those that the issue of this product's safety names."""
+"""By name. The first seven are those that the issue of this product's safety names."""

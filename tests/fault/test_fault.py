@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from tests.fault.bugs import BUGS
-from tests.fault.search import Score, episode, search
-from tests.fault.world import Kit, Violation
+from tests.fault.parts import Kit, Violation
+from tests.fault.rest import Score
+from tests.fault.search import episode, search
 
 pytestmark = pytest.mark.slow
 

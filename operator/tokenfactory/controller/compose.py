@@ -35,7 +35,8 @@ from tokenfactory.kube.objects import ObjectRef
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Leadership, Ledger, observe
-from tokenfactory.planning.power.publish import SheetPlan, Targets, plan_cuts, plan_sheets
+from tokenfactory.planning.power.publish import SheetPlan, plan_cuts, plan_sheets
+from tokenfactory.planning.power.raises import Targets
 from tokenfactory.planning.power.steps import Held, Patience, settle_caps
 
 PATIENCE: Final = Patience()
@@ -163,6 +164,7 @@ def _ledger(world: World, grid: Grid, earlier: Ledger | None = None) -> Ledger:
         term=term,
         claim_from=snapshot.leadership.claim_from,
         unsettled=snapshot.unsettled,
+        known_version=snapshot.sheets_version,
     )
     return observe(grid.domains, sheets, snapshot.gpu_nodes.values(), grid.facts, leadership, earlier)
 

@@ -173,6 +173,7 @@ class Observer:
                 seconds = self.heartbeats.silent_seconds((lease.metadata.namespace or "", name))
                 if seconds is not None:
                     silent[name.removeprefix(names.HEARTBEAT_PREFIX)] = seconds
+        sheets = self.sheets.snapshot()
         return Snapshot(
             leadership=leadership,
             wall=datetime.now(UTC),
@@ -181,7 +182,8 @@ class Observer:
             factories=self.stores[TokenFactory].snapshot(),
             profiles=self.stores[PowerProfile].snapshot(),
             checkpoints=self.stores[Checkpoint].snapshot(),
-            sheets=self.sheets.snapshot().objects,
+            sheets=sheets.objects,
+            sheets_version=sheets.resource_version,
             gpu_nodes=self.gpu_nodes.snapshot().objects,
             nodes=self.nodes.snapshot().objects,
             pods=self.pods.snapshot().objects,

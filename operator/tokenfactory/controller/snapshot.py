@@ -40,6 +40,8 @@ class Snapshot:
     profiles: Mapping[Key, PowerProfile] = field(default_factory=dict)
     checkpoints: Mapping[Key, Checkpoint] = field(default_factory=dict)
     sheets: Mapping[Key, CapSheet] = field(default_factory=dict)
+    sheets_version: int = 0
+    """The API server's version up to which `sheets` is complete, deletions included."""
     gpu_nodes: Mapping[Key, GPUNode] = field(default_factory=dict)
     nodes: Mapping[Key, Node] = field(default_factory=dict)
     pods: Mapping[Key, Pod] = field(default_factory=dict)

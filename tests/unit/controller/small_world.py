@@ -187,6 +187,7 @@ class SmallWorld:
             factories=dict(self.objects[TokenFactory]),
             profiles=dict(self.objects[PowerProfile]),
             sheets=dict(self.objects[CapSheet]),
+            sheets_version=self.version,
             gpu_nodes=dict(self.objects[GPUNode]),
             nodes=dict(self.objects[Node]),
             pods=dict(self.objects[Pod]),
@@ -255,6 +256,7 @@ class SmallWorld:
                 )
                 self.put(made, new_generation=True)
             case act.Retire(held):
+                self.version += 1
                 current = self.objects[type(held)].pop(_key(held))
                 assert current.metadata.resource_version == held.metadata.resource_version
             case act.DeleteWorkload(held):

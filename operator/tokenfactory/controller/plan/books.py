@@ -15,7 +15,7 @@ from tokenfactory.controller.plan.shedding import Shed
 from tokenfactory.controller.plan.world import World
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.ledger import Ledger
-from tokenfactory.planning.power.publish import Wait
+from tokenfactory.planning.power.raises import Wait
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.lines import Entry, Line
-from tokenfactory.planning.power.publish import Targets
+from tokenfactory.planning.power.raises import Targets
 from tokenfactory.planning.power.sheets import caps_of
 from tokenfactory.planning.power.tree import selects
 from tokenfactory.planning.power.zones import Allotment

@@ -42,6 +42,8 @@ class Leadership:
     term: int
     claim_from: int
     unsettled: frozenset[tuple[str, str]] = frozenset()
+    known_version: int = 0
+    """The API server's version (resourceVersion) up to which the cap sheets were read, deletions included."""
 
 
 @dataclass(frozen=True, slots=True)

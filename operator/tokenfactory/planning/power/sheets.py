@@ -106,14 +106,16 @@ def successor(
 
 
 def first_sheet(
-    domain: str, tree: str, *, term: int, hold_milliseconds: int, acked: Iterable[int]
+    domain: str, tree: str, *, term: int, hold_milliseconds: int, acked: Iterable[int], known_version: int
 ) -> CapSheetSpec:
     """The sheet of a domain that has none: it gives nothing yet.
 
-    There may have been one that somebody deleted, so it begins above every epoch that a node acknowledged, and
-    says that it knows nothing of those before.
+    There may have been one that somebody deleted, so it begins above every epoch that one ever had, acknowledged or
+    not, and says that it knows nothing of those before. Every write raises the API server's own version by one at
+    least and the epoch by one at most, and a sheet begins at or below the version of the write that creates it. So no
+    sheet's epoch is ever above the version of its last write, and that of its deletion, which is known, is higher.
     """
-    epoch = 1 + max(acked, default=0)
+    epoch = 1 + max(known_version, max(acked, default=0))
     return CapSheetSpec(
         domain=domain,
         tree=tree,
