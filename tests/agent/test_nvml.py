@@ -39,7 +39,7 @@ async def test_inventory_tells_what_the_board_is(make_node, open_driver):
     assert (first.nvlinks_up, first.nvlinks) == (18, 18)
     assert first.fabric is not None
     assert (first.fabric.state, first.fabric.healthy) == ("Completed", True)
-    assert first.fabric.name == gpus[1].fabric.name
+    assert first.fabric.name == gpus[1].fabric.name != ""
     assert astuple(first.platform) == ("1820225000000", 3, 2, 1)
     assert first.limits == Limits(200_000, 1_200_000, 1_200_000, 1_200_000, 1_200_000)
     assert first.module_limits == Limits(600_000, 2_700_000, 2_700_000, 2_700_000, 2_700_000)
@@ -47,6 +47,12 @@ async def test_inventory_tells_what_the_board_is(make_node, open_driver):
     assert first.persistence
     assert not first.mig_enabled
     assert {failure.kind for failure in first.failures} <= {FailureKind.NOT_SUPPORTED}
+
+
+async def test_an_hgx_board_has_a_fabric_and_shares_it_with_no_other_node(make_node, open_driver):
+    (gpu,) = await (await open_driver(make_node("H100", 1))).inventory()
+    assert gpu.fabric is not None
+    assert (gpu.fabric.state, gpu.fabric.name) == ("Completed", "")
 
 
 async def test_a_lesser_board_tells_less_and_says_what_is_missing(make_node, open_driver):

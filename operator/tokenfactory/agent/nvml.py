@@ -128,7 +128,8 @@ class Fabric:
 
     @property
     def name(self) -> str:
-        return f"{self.cluster}.{self.clique}"
+        """Empty where NVLink ends at the node: an HGX board says so by a cluster of zeros, the same on each of them."""
+        return f"{self.cluster}.{self.clique}" if self.cluster.strip("0") else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ class Observer:
             deployments=self.deployments.snapshot().objects,
             services=self.services.snapshot().objects,
             leader_worker_sets=self.leader_worker_sets.snapshot().objects
-            if self.leader_worker_sets
+            if self.leader_worker_sets is not None
             else None,
             namespaces=self.namespaces.snapshot().objects,
             silent_seconds=silent,

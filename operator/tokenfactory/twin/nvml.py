@@ -380,7 +380,7 @@ def _furnish(gpu: Any, product: Product, index: int, seed: str) -> None:
         "fabric_state": 3 if product.fabric else 0,
         "fabric_summary": int(product.fabric),
         "fabric_cluster": list(uuid.uuid5(uuid.NAMESPACE_URL, f"{seed}/fabric").bytes)
-        if product.fabric
+        if product.gpus_per_module == 2  # a rack's NVLink; an HGX board has a fabric too, of no cluster
         else [0],
         "has_platform": int(product.gpus_per_module == 2),
         "chassis_serial": "1820225000000",
