@@ -48,8 +48,15 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
         for replica in world.replicas
         if replica.gated and not replica.terminating and replica.uid not in world.granted_on
     }
+    gathering = _gathering(world)
+    incomplete = [
+        Unplaced(replica, "GroupIncomplete", gathering[replica.group])
+        for replica in waiting.values()
+        if replica.group in gathering
+    ]
+    waiting = {name: replica for name, replica in waiting.items() if replica.group not in gathering}
     if not waiting:
-        return Choice((), ())
+        return Choice((), tuple(incomplete))
     ranges = gpu_range(world)
     # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
     rooms = Rooms(world, grid, ledger, ranges)
@@ -79,7 +86,20 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
     plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
     wishes, spent = rooms.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
-    return Choice(wishes, (*unplaced, *spent))
+    return Choice(wishes, (*unplaced, *spent, *incomplete))
+
+
+def _gathering(world: World) -> dict[str, str]:
+    """Groups whose pods are not all there yet: half of one must take no place that a whole one could have."""
+    members: dict[str, list[Replica]] = {}
+    for replica in world.replicas:
+        if replica.group and not replica.terminating and not replica.finished:
+            members.setdefault(replica.group, []).append(replica)
+    return {
+        group: f"{len(pods)} of the {pods[0].model.nodes_per_replica} pods of its group are there"
+        for group, pods in members.items()
+        if len(pods) < pods[0].model.nodes_per_replica
+    }
 
 
 def _fabric(host: GpuHost, labels: Mapping[str, str], *, grouped: bool) -> str:

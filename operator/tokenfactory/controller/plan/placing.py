@@ -53,26 +53,52 @@ def grant(world: World, ledger: Ledger, spent: Spending, wishes: list[Wish]) -> 
     So it does for what a domain grants to some together (`spec.admits[].budget`).
     """
     granted: dict[str, list[Replica]] = {}
-    waiting = []
+    waiting: list[Unplaced] = []
+    for together in _together(wishes):
+        books = _Books(ledger, spent, dict(granted))
+        short = next((why for wish in together if (why := books.enter(world, wish))), "")
+        if short:
+            waiting += [Unplaced(wish.replica, "WaitingForWatts", short) for wish in together]
+        else:
+            granted, ledger, spent = books.granted, books.ledger, books.spent
+    return Granting(granted, tuple(waiting))
+
+
+def _together(wishes: list[Wish]) -> list[list[Wish]]:
+    """The pods of a group are charged in one round or not at all: two halves would wait for each other for ever."""
+    found: dict[str, list[Wish]] = {}
     for wish in wishes:
-        host = world.hosts[wish.node]
-        admission = ledger.admit(
-            wish.node, wish.replica.class_on(host.product), wish.replica.model.gpus_per_replica
+        found.setdefault(wish.replica.group or wish.replica.uid, []).append(wish)
+    return list(found.values())
+
+
+@dataclass
+class _Books:
+    """What would be charged if all of this were granted."""
+
+    ledger: Ledger
+    spent: Spending
+    granted: dict[str, list[Replica]]
+
+    def enter(self, world: World, wish: Wish) -> str:
+        """Why it must wait; empty when it is entered."""
+        host, replica = world.hosts[wish.node], wish.replica
+        admission = self.ledger.admit(
+            wish.node, replica.class_on(host.product), replica.model.gpus_per_replica
         )
         if not admission.admitted or host.held is None:
-            waiting.append(Unplaced(wish.replica, "WaitingForWatts", "; ".join(admission.why)))
-            continue
-        pods = tuple(new_grant(replica, host) for replica in (*granted.get(wish.node, ()), wish.replica))
+            return "; ".join(admission.why) or "its node has not reported yet"
+        here = [*self.granted.get(wish.node, ()), replica]
+        pods = tuple(new_grant(each, host) for each in here)
         spec = msgspec.structs.replace(host.held.spec, pods=(*host.held.spec.pods, *pods))
         node = msgspec.structs.replace(host.held, spec=spec)
-        after = ledger.with_node(node)
-        spent_after, short = lacking(spent, ledger, after, node)
+        after = self.ledger.with_node(node)
+        spent, short = lacking(self.spent, self.ledger, after, node)
         if short:
-            waiting.append(Unplaced(wish.replica, "WaitingForWatts", "; ".join(short)))
-            continue
-        granted.setdefault(wish.node, []).append(wish.replica)
-        ledger, spent = after, spent_after
-    return Granting(granted, tuple(waiting))
+            return "; ".join(short)
+        self.ledger, self.spent = after, spent
+        self.granted[wish.node] = here
+        return ""
 
 
 def open_gates(world: World) -> list[Action]:
