@@ -87,9 +87,11 @@ class SimulatedGpu:
 
     @property
     def limit_set_at(self) -> float:
-        """When a limit was last accepted, in seconds of this node's clock (real time: CLOCK_MONOTONIC)."""
-        with self._node.look() as state:
-            return int(state.limit_set_ns[self.index]) / 1e9
+        """When a limit was last accepted, in seconds of this node's clock (real time: CLOCK_MONOTONIC).
+
+        One number, read without the lock: whoever waits for it must not hold up who sets it.
+        """
+        return int(self._node.limit_set_ns[self.index]) / 1e9
 
     def set_load(self, share: float) -> None:
         """0: idle; 1: everything the board can draw."""
@@ -223,6 +225,10 @@ class SimulatedNode:
                 return float(getattr(self._c, function)(gpu))
             now = ctypes.c_int64(self._c.sim_now(ctypes.byref(state)))
             return float(getattr(self._c, function)(gpu, now))
+
+    @property
+    def limit_set_ns(self) -> Any:
+        return self._state.limit_set_ns
 
     @property
     def power_watts(self) -> float:
