@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -238,3 +239,28 @@ async def test_under_the_charts_own_rights_it_can_do_all_that_it_does(own_cluste
             assert "Forbidden" not in node.log.read_text()
     finally:
         await node.close()
+
+
+async def test_a_second_agent_on_the_node_ends_before_it_touches_a_gpu(world):
+    """Two that set limits would each undo the other's: the start gate's port is the node's lock."""
+    await world.begin()
+    opened = world.node.hardware.calls("nvmlInitWithFlags")
+    writes = [gpu.limit_writes for gpu in world.node.hardware.gpus]
+    assert opened == 1
+    second = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tokenfactory.cli", "agent"),
+        f"--node={world.node.name}",
+        f"--kubeconfig={world.kubeconfig}",
+        f"--pod-resources={world.node.kubelet.socket}",
+        f"--boot-id-file={world.node.hardware.boot_id_file}",
+        *("--address=127.0.0.1", f"--start-gate-port={world.node.ports()['gate']}", "--metrics-port=-1"),
+        env={**os.environ, **world.node.hardware.environment, "PYTHONPATH": str(REPOSITORY / "operator")},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    told, _ = await asyncio.wait_for(second.communicate(), 60)
+    assert second.returncode != 0
+    assert b"address already in use" in told.lower()
+    assert world.node.hardware.calls("nvmlInitWithFlags") == opened
+    assert [gpu.limit_writes for gpu in world.node.hardware.gpus] == writes
+    assert await world.get("/healthz") == "ok\n"

@@ -211,7 +211,7 @@ async def test_a_gpu_lost_before_the_start_is_told_as_missing(make_node):
     node = make_node("H100", 2)
     node.gpus[0].set(lost=1)
     driver = PynvmlDriver(boot_id_file=node.boot_id_file)
-    opened = await driver.open()
-    assert [failure.kind for failure in opened.missing] == [FailureKind.LOST]
+    await driver.open()
+    assert [failure.kind for failure in driver.missing] == [FailureKind.LOST]
     assert [gpu.uuid for gpu in await driver.inventory()] == uuids(node)[1:]
     await driver.close()

@@ -241,6 +241,21 @@ async def test_the_stream_breaks_with_the_driver_and_goes_on_after_it(make_node,
     assert seen[0].kind is FailureKind.DRIVER_GONE
 
 
+async def test_a_gpu_that_was_found_late_is_listened_to(make_node, open_driver, stream):
+    node = make_node("H100", 2)
+    fault = node.fail("nvmlDeviceGetUUID", gpu=1, error=UNKNOWN_ERROR)
+    driver = await open_driver(node)
+    seen = stream(driver)
+    assert len(driver.missing) == 1
+    await watching(node)
+    node.mend(fault)
+    assert len(await driver.inventory()) == 2
+    registered = node.calls("nvmlDeviceRegisterEvents")
+    await until(lambda: node.calls("nvmlDeviceRegisterEvents") == registered + 2)
+    node.gpus[1].xid(13)
+    await until(lambda: seen and seen[-1] == Xid(uuids(node)[1], 13))
+
+
 async def test_a_hanging_stream_says_so_and_recovers(make_node, open_driver, stream):
     node = make_node("H100", 1)
     driver = await open_driver(node, deadline_seconds=0.1)

@@ -219,11 +219,21 @@ async def test_a_gpu_that_hangs_at_start_is_missing_and_the_rest_work(make_node)
     driver = PynvmlDriver(boot_id_file=node.boot_id_file, open_deadline_seconds=0.3)
     opened = await driver.open()
     assert isinstance(opened, Driver)
-    assert [(failure.kind, failure.gpu) for failure in opened.missing] == [(FailureKind.TIMEOUT, "1")]
+    assert [(failure.kind, failure.gpu) for failure in driver.missing] == [(FailureKind.TIMEOUT, "1")]
     gpus = await driver.inventory()
     assert [gpu.index for gpu in gpus] == [0, 2]
     assert (await driver.set_limit(gpus[1].uuid, 300_000)).obeys(300_000)
     node.mend()
+
+    async def found() -> bool:
+        return [gpu.index for gpu in await driver.inventory()] == [0, 1, 2]
+
+    end = time.monotonic() + 30
+    while not await found():
+        assert time.monotonic() < end, "a GPU that answers again was not found"
+    assert driver.missing == ()
+    assert (await driver.set_limit(uuids(node)[1], 300_000)).obeys(300_000)
+    await driver.close()
 
 
 async def test_a_library_that_hangs_at_start_is_a_value(make_node):
@@ -250,7 +260,8 @@ import asyncio
 from tokenfactory.agent.nvml_pynvml import PynvmlDriver
 async def main():
     driver = PynvmlDriver(open_deadline_seconds=0.2)
-    print(await driver.open())
+    await driver.open()
+    print(driver.missing)
     await driver.close()
 asyncio.run(main())
 """

@@ -248,7 +248,7 @@ async def check() -> Report:
     }
     if isinstance(driver, Failure):
         return report
-    report["missing"] = [str(failure) for failure in driver.missing]
+    report["missing"] = [str(failure) for failure in nvml.missing]
     report["agent"] = await _as_the_agent(nvml)
     report["calls"] = []
     for index in range(pynvml.nvmlDeviceGetCount()):

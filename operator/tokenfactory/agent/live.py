@@ -129,6 +129,7 @@ class LivePods:
 
         self._client = PodResources(socket)
         self._memory = KubeletMemory(Path(socket), settle_seconds=settle_seconds)
+        self._told: dict[tuple[str, str], list[str]] = {}
 
     async def list(self, gpus: tuple[Gpu, ...]) -> tuple[PodDevices, ...]:
         from tokenfactory.agent.pods import Unavailable
@@ -137,16 +138,21 @@ class LivePods:
         if isinstance(answer, Unavailable):
             raise PodResourcesError(answer.text)
         held: dict[tuple[str, str], list[str]] = {}
+        unknown: dict[tuple[str, str], list[str]] = {}
         for gpu, pods in answer.by_gpu.items():
             for pod in pods:
                 held.setdefault((pod.namespace, pod.name), []).append(gpu)
-        if answer.unresolved:
+        for it in answer.unresolved:
+            held.setdefault((it.pod.namespace, it.pod.name), [])
+            unknown.setdefault((it.pod.namespace, it.pod.name), []).append(f"{it.resource} {it.device}")
+        if unknown and unknown != self._told:
             log.warning(
                 "pods hold GPUs that NVML does not show",
-                extra={"devices": [f"{it.pod} {it.resource} {it.device}" for it in answer.unresolved]},
+                extra={"devices": [f"{'/'.join(pod)}: {text}" for pod, text in unknown.items()]},
             )
+        self._told = unknown
         return self._memory.complete(
-            tuple(PodDevices(namespace, name, tuple(uuids)) for (namespace, name), uuids in held.items())
+            tuple(PodDevices(*pod, tuple(uuids), tuple(unknown.get(pod, ()))) for pod, uuids in held.items())
         )
 
     async def close(self) -> None:

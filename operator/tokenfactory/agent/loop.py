@@ -182,8 +182,9 @@ class Agent:
             self.enforcer.adopt(gpus)
             while not self._reopen.is_set():
                 self._take_inventory(gpus)
+                wait = self.pace.tick if self.state.unknown else self.pace.inventory
                 try:
-                    async with asyncio.timeout(self.pace.inventory):
+                    async with asyncio.timeout(wait):
                         await self._reopen.wait()
                 except TimeoutError:
                     gpus = await self._nvml.inventory()
@@ -208,6 +209,10 @@ class Agent:
         present = {gpu.uuid for gpu in gpus}
         # A GPU that is no longer shown may still draw what it last could: it stays, and is never acknowledged.
         self.state.gpus = (*gpus, *(gpu for gpu in self.state.gpus if gpu.uuid not in present))
+        missing = self._nvml.missing
+        if missing != self.state.missing:
+            log.warning("GPUs are missing", extra={"node": self.state.name, "gpus": [*map(str, missing)]})
+        self.state.missing = missing
         self.state.faults.take_inventory(gpus)
         self._pods_asked.set()
         self.wake()

@@ -95,8 +95,6 @@ class Driver:
     version: str
     nvml_version: str
     identity: Identity
-    missing: tuple[Failure, ...] = ()
-    """GPUs that NVML counts but does not hand out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +268,10 @@ class Nvml(Protocol):
         """GPUs with a limit call that has not come back: their limit is unknown, at worst the higher of old and
         new. They may still be read.
         """
+
+    @property
+    def missing(self) -> tuple[Failure, ...]:
+        """GPUs that NVML counts but does not hand out: each inventory looks for them again."""
 
     async def open(self) -> Driver | Failure:
         """Load, or load again after `DRIVER_GONE`; a later life of the driver has a later generation."""

@@ -84,6 +84,8 @@ class PynvmlDriver:
         self._event_set: Any = None
         self._heard: deque[Event] = deque()
         self._unwatched: set[str] = set()
+        self._missing: dict[int, Failure] = {}
+        self._found_late = False
         self._is_open = asyncio.Event()
         self._opening = asyncio.Lock()
         self._initialised = False
@@ -98,6 +100,10 @@ class PynvmlDriver:
         return frozenset(
             uuid for uuid, (index, _) in self._handles.items() if self._lanes[index].control.stuck
         )
+
+    @property
+    def missing(self) -> tuple[Failure, ...]:
+        return tuple(self._missing.values())
 
     # ---- open and close ----
 
@@ -124,15 +130,13 @@ class PynvmlDriver:
             return Failure(FailureKind.TIMEOUT, "nvmlInit", text=text, restart_helps=True)
         except FailureError as error:
             return error.failure
-        found = await asyncio.gather(*(self._discover(index) for index in range(count)))
-        self._handles = {gpu.uuid: (gpu.index, handle) for handle, gpu in found if isinstance(gpu, Gpu)}
-        self._gpus = {gpu.uuid: gpu for _, gpu in found if isinstance(gpu, Gpu)}
+        self._handles, self._gpus, self._missing = {}, {}, {}
+        await asyncio.gather(*(self._discover(index) for index in range(count)))
         boot_id = (await asyncio.to_thread(self._boot_id_file.read_text)).strip()
         self._identity = Identity(boot_id, self._identity.driver_generation + 1)
         self._unwatched = set()
         self._is_open.set()
-        missing = tuple(gpu for _, gpu in found if isinstance(gpu, Failure))
-        return Driver(version, nvml_version, self._identity, missing)
+        return Driver(version, nvml_version, self._identity)
 
     def _hanging(self) -> list[str]:
         return [lane.name for lane in self._all_lanes() if lane.stuck]
@@ -160,7 +164,8 @@ class PynvmlDriver:
         except pynvml.NVMLError as error:
             raise FailureError(failure(call, "", error)) from None
 
-    async def _discover(self, index: int) -> tuple[Any, Gpu | Failure]:
+    async def _discover(self, index: int) -> None:
+        """Who does not answer now is looked for again later: it may be drawing power all the while."""
         lane = self._lanes.setdefault(index, _GpuLanes(index)).sensors
 
         def look() -> tuple[Any, Gpu]:
@@ -174,7 +179,12 @@ class PynvmlDriver:
         found = await self._on(
             lane, "nvmlDeviceGetHandleByIndex", str(index), look, self._open_deadline_seconds
         )
-        return (None, found) if isinstance(found, Failure) else found
+        if isinstance(found, Failure):
+            self._missing[index] = found
+            return
+        handle, gpu = found
+        self._missing.pop(index, None)
+        self._handles[gpu.uuid], self._gpus[gpu.uuid] = (index, handle), gpu
 
     async def close(self) -> None:
         self._closed = True
@@ -223,9 +233,12 @@ class PynvmlDriver:
             )
             return gpu if isinstance(fresh, Failure) else fresh
 
+        late = len(self._gpus)
+        await asyncio.gather(*(self._discover(index) for index in tuple(self._missing)))
+        self._found_late |= len(self._gpus) > late
         found = await asyncio.gather(*(again(gpu) for gpu in self._gpus.values()))
-        self._gpus = {gpu.uuid: gpu for gpu in found}
-        return tuple(found)
+        self._gpus = {gpu.uuid: gpu for gpu in sorted(found, key=lambda gpu: gpu.index)}
+        return tuple(self._gpus.values())
 
     async def limits(self, gpu: str, scope: Scope = Scope.GPU) -> Limits | Failure:
         call = "nvmlDeviceGetEnforcedPowerLimit"
@@ -314,6 +327,10 @@ class PynvmlDriver:
     def _wait_for_event(self) -> None:
         """Into `_heard`, not as a result: what a late wait brings must not be lost with it."""
         try:
+            if self._found_late and self._event_set is not None:
+                pynvml.nvmlEventSetFree(self._event_set)
+                self._event_set = None
+            self._found_late = False
             if self._event_set is None:
                 self._event_set = self._watch()
             data = pynvml.nvmlEventSetWait_v2(self._event_set, int(EVENT_WAIT_SECONDS * 1000))

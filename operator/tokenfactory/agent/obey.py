@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from tokenfactory.agent.enforce import Enforcer
@@ -165,6 +166,8 @@ class ShortPath:
 
     def _read_back(self, decision: Decision) -> None:
         state = self.state
+        if state.unknown:
+            decision = replace(decision, complete=False)  # what NVML does not hand out now was not read back
         enforced = {gpu: self.enforcer.enforced(gpu) for gpu in decision.caps}
         state.memory, state.readback = read_back(state.memory, decision, enforced)
         if state.readback.observed_generation is not None:

@@ -65,6 +65,9 @@ class PodDevices:
     gpus: tuple[str, ...]
     """UUIDs of GPUs; for a MIG device that of its GPU, once for each device."""
 
+    unknown: tuple[str, ...] = ()
+    """Devices of GPUs that NVML does not show."""
+
     @property
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"

@@ -132,6 +132,7 @@ def status_of(
         before = state.node.status
         return replace(before, mode="Degraded", capped=False, conditions=conditions, reported_at=wall)
     gpus = tuple(_gpu(state, enforcer, gpu) for gpu in state.gpus)
+    gone = _gone(state, identity)
     draws = [it.power_milliwatts for it in state.readings.values() if it.power_milliwatts is not None]
     now = clock.monotonic()
     return GPUNodeStatus(
@@ -143,13 +144,27 @@ def status_of(
         driver=(state.driver.version if state.driver else "")[:64],
         agent=VERSION[:64],
         applied=tuple(AppliedEpoch(domain=name, epoch=epoch) for name, epoch in state.memory.acked.items()),
-        gpus=gpus,
+        gpus=(*gpus, *gone),
         gpu_count=sum(enforcer.enforced(gpu.uuid) is not None for gpu in state.gpus),
-        enforced_milliwatts=sum(gpu.enforced_milliwatts for gpu in gpus),
+        enforced_milliwatts=sum(gpu.enforced_milliwatts for gpu in (*gpus, *gone)),
         draw_milliwatts=sum(draws),
         overhead_milliwatts=_overhead(state),
         meters=tuple(account.report(now) for account in meter.accounts.values()) if meter else (),
         reported_at=wall,
+    )
+
+
+def _gone(state: AgentState, identity: Identity) -> tuple[GPUStatus, ...]:
+    """GPUs of which an earlier agent of this boot told, and that NVML shows no more: they may draw as they last could."""
+    before = state.node.status if state.node is not None else None
+    if before is None or before.boot_id != identity.boot_id:
+        return ()
+    shown = {gpu.uuid for gpu in state.gpus}
+    text = "NVML does not show it any more"
+    return tuple(
+        replace(gpu, healthy=False, faults=(*(it for it in gpu.faults if it != text), text)[-16:])
+        for gpu in before.gpus
+        if gpu.uuid not in shown
     )
 
 
@@ -227,6 +242,8 @@ def _capped(state: AgentState, enforcer: Enforcer, say: Say) -> Condition:
     broken = [str(held.failure) for held in enforcer.held.values() if held.failure is not None]
     if broken:
         return say("Capped", False, "LimitDoesNotHold", "; ".join(broken))
+    if state.unknown:
+        return say("Capped", False, "GPUsMissing", "; ".join(map(str, state.unknown)))
     if not state.memory.capped:
         return say("Capped", False, "NotYet", "not every limit was read back in this boot")
     left = (
@@ -245,7 +262,7 @@ def _capped(state: AgentState, enforcer: Enforcer, say: Say) -> Condition:
 
 
 def _healthy(state: AgentState, say: Say) -> Condition:
-    missing = [str(failure) for failure in (state.driver.missing if state.driver else ())]
+    missing = [str(failure) for failure in state.missing]
     faults = [f"GPU {gpu.index}: {text}" for gpu in state.gpus for text in state.faults.texts(gpu.uuid)]
     verdicts = [(gpu, state.faults.verdict(gpu.uuid)) for gpu in state.gpus]
     notes = [f"GPU {gpu.index}: {note}" for gpu, verdict in verdicts for note in verdict.notes]

@@ -60,6 +60,10 @@ class StartGate:
             return _wait(
                 "KubeletSilent", f"the kubelet does not say which GPUs it gave: {state.pods_problem}"
             )
+        key = f"{grant.namespace}/{grant.name}"
+        unknown = [device for pod in state.pods if pod.key == key for device in pod.unknown]
+        if unknown:
+            return _wait("UnknownGPU", f"NVML does not show what the kubelet gave it: {', '.join(unknown)}")
         gpus = state.holdings.gpus_of(uid)
         if not gpus:
             return _wait("NoGPUs", "the kubelet has not given this pod a GPU yet")

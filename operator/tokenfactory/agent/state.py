@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tokenfactory.agent.faults import Faults
 from tokenfactory.agent.guard import Guard
 from tokenfactory.agent.holders import Holdings
-from tokenfactory.agent.nvml import Driver, Failure, Gpu, Reading
+from tokenfactory.agent.nvml import Driver, Failure, FailureKind, Gpu, Reading
 from tokenfactory.agent.parts import PodDevices
 from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import GPUNode
@@ -39,6 +39,8 @@ class AgentState:
     """The last one whose trees were all heard of: what is obeyed."""
     driver: Driver | None = None
     gpus: tuple[Gpu, ...] = ()
+    missing: tuple[Failure, ...] = ()
+    """GPUs that NVML counts and does not hand out."""
     readings: dict[str, Reading] = field(default_factory=dict)
     pods: tuple[PodDevices, ...] | None = None
     """None until the kubelet has answered once."""
@@ -60,3 +62,8 @@ class AgentState:
     """The node has a meter of its own, which is read."""
     open_failure: Failure | None = None
     steps: int = 0
+
+    @property
+    def unknown(self) -> tuple[Failure, ...]:
+        """GPUs that may be at work, for all one knows; one that fell off the bus is not."""
+        return tuple(it for it in self.missing if it.kind is not FailureKind.LOST)

@@ -56,6 +56,8 @@ class HollowGpu:
     clings: bool = False
     """A profile that is cleared stays, and nothing is said."""
     sm_mhz: int = 1_000
+    hidden: FailureKind | None = None
+    """NVML counts it and does not hand it out."""
 
 
 class HollowNvml:
@@ -84,6 +86,14 @@ class HollowNvml:
     def stuck(self) -> frozenset[str]:
         return frozenset(self._hanging)
 
+    @property
+    def missing(self) -> tuple[Failure, ...]:
+        return tuple(
+            Failure(gpu.hidden, "nvmlDeviceGetHandleByIndex", str(n))
+            for n, gpu in enumerate(self.gpus.values())
+            if gpu.hidden
+        )
+
     async def open(self) -> Driver | Failure:
         await asyncio.sleep(0)
         if self.gone:
@@ -105,6 +115,7 @@ class HollowNvml:
                 profiles=self.offered,
             )
             for n, gpu in enumerate(self.gpus.values())
+            if not gpu.hidden
         )
 
     def _limits(self, gpu: HollowGpu) -> Limits:

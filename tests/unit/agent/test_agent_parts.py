@@ -400,3 +400,27 @@ def test_a_sheet_that_cannot_be_read_counts_as_absent() -> None:
     assert set(sheets.sheets) == {"d"}
     sheets._watches["t"] = (SimpleNamespace(undecodable={("", "d"): "spec.caps: no array"}), None)
     assert set(sheets.sheets) == set()
+
+
+async def test_liveness_means_progress_and_names_the_part_that_makes_none(tmp_path) -> None:
+    late: dict[str, float] = {}
+    agent = SimpleNamespace(
+        progress=SimpleNamespace(late=lambda: late), state=SimpleNamespace(decision=None, node=None)
+    )
+    ports = tmp_path / "ports"
+    options = AgentOptions(node="n", address="127.0.0.1", gate_port=0, metrics_port=0, ports_file=str(ports))
+    await main._serve(agent, options, lambda: True)
+    port = json.loads(await asyncio.to_thread(ports.read_text))["metrics"]
+
+    async def healthz() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    assert (await healthz()).startswith(b"HTTP/1.1 200")
+    late["obey"] = 31.4
+    answer = await healthz()
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"obey: nothing for 31 s" in answer

@@ -6,6 +6,7 @@ from tests.unit.agent.hollow import CHAT, DEFAULT, IDLE, Node
 from tests.unit.agent.stories import applied, story
 
 from tokenfactory.agent.nvml import FailureKind, Recovery, Wear, Xid
+from tokenfactory.agent.startgate import StartGate
 
 
 def test_a_limit_that_was_reset_is_set_again_at_once() -> None:
@@ -172,5 +173,69 @@ def test_xids_and_wear_are_told_and_the_facilitys_brake_is_not_the_nodes_fault()
         node.nvml.wears["GPU-6"] = Wear(recovery=Recovery.GPU_RESET)
         await node.until(lambda: not node.api.status.gpus[6].healthy, within=70)
         assert node.agent.state.faults.lemon_score(0) > 0
+
+    story(tell)
+
+
+def capped_reason(node: Node) -> str:
+    return next(it.reason for it in node.api.status.conditions if it.type == "Capped")
+
+
+def test_a_gpu_that_nvml_counts_and_does_not_hand_out_keeps_the_node_from_being_capped() -> None:
+    """It may be drawing at its default limit: without it, not every limit was read back."""
+
+    async def tell(node: Node) -> None:
+        node.nvml.gpus["GPU-3"].hidden = FailureKind.TIMEOUT
+        node.api.grant(pods=(node.use("a", 0, 1),))
+        node.api.publish("site", 1, {CHAT: (600_000, 300_000), IDLE: (250_000, 250_000)}, 86_400_000)
+        node.api.publish("rack", 1, {CHAT: (650_000, 350_000), IDLE: (250_000, 250_000)}, 86_400_000)
+        node.api.renew()
+        node.start()
+        await node.until(lambda: len(node.api.status.gpus) == 7)
+        node.api.renew()
+        await node.until(lambda: node.api.status.mode == "Obeying")
+        await asyncio.sleep(60)
+        assert not node.api.status.capped
+        assert not applied(node)
+        assert capped_reason(node) == "GPUsMissing"
+        assert (await StartGate(node.agent).ask("uid-a")).reason == "NodeNotCapped"
+        node.nvml.gpus["GPU-3"].hidden = None
+        await node.until(lambda: node.api.status.capped and len(node.api.status.gpus) == 8)
+        assert node.limits() == [600_000] * 2 + [250_000] * 6
+        assert (await StartGate(node.agent).ask("uid-a")).may_start
+
+    story(tell)
+
+
+def test_a_gpu_that_fell_off_the_bus_before_the_start_does_not_hold_up_the_others() -> None:
+    async def tell(node: Node) -> None:
+        node.nvml.gpus["GPU-3"].hidden = FailureKind.LOST
+        await node.settle()
+        assert len(node.api.status.gpus) == 7
+        assert [it.status for it in node.api.status.conditions if it.type == "Healthy"] == ["False"]
+
+    story(tell)
+
+
+def test_a_gpu_that_is_gone_when_the_agent_restarts_stays_in_the_status_until_the_next_boot() -> None:
+    """A model may be at work on it, at the limit that it had."""
+
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", *range(8)),))
+        await node.settle(hold=86_400_000)
+        await node.kill()
+        node.nvml.gpus["GPU-3"].hidden = FailureKind.LOST
+        node.start()
+        node.api.renew()
+        await node.until(lambda: len([gpu for gpu in node.api.status.gpus if not gpu.healthy]) == 1)
+        gone = next(gpu for gpu in node.api.status.gpus if not gpu.healthy)
+        assert (gone.uuid, gone.enforced_milliwatts, gone.pod) == ("GPU-3", 600_000, "inference/a")
+        assert node.api.status.enforced_milliwatts == 8 * 600_000
+        assert node.api.status.gpu_count == 7
+        await node.kill()
+        node.nvml.reboot("boot-2")
+        node.start()
+        await node.until(lambda: node.api.status.boot_id == "boot-2")
+        assert len(node.api.status.gpus) == 7
 
     story(tell)

@@ -1,6 +1,7 @@
 """Who holds which GPU, and when a model may start on it, in virtual time."""
 
 import asyncio
+from dataclasses import replace
 
 from tests.unit.agent.hollow import CHAT, DEFAULT, IDLE, Node
 from tests.unit.agent.stories import story
@@ -142,6 +143,21 @@ def test_after_a_reboot_nothing_starts_before_it_is_capped_anew() -> None:
         node.api.renew()
         await node.until(lambda: node.api.status.capped)
         assert node.limits() == [600_000] + [250_000] * 7
+        assert (await StartGate(node.agent).ask("uid-a")).may_start
+
+    story(tell)
+
+
+def test_a_pod_with_a_device_that_nvml_does_not_show_may_not_start() -> None:
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", 0, 1, granted=3),))
+        await node.settle()
+        (pod,) = node.kubelet.pods
+        node.kubelet.pods = (replace(pod, unknown=("nvidia.com/gpu GPU-x",)),)
+        answer = await StartGate(node.agent).ask("uid-a")
+        assert (answer.may_start, answer.reason, answer.final) == (False, "UnknownGPU", False)
+        assert "GPU-x" in answer.message
+        node.kubelet.pods = (pod,)
         assert (await StartGate(node.agent).ask("uid-a")).may_start
 
     story(tell)
