@@ -25,6 +25,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> sharing.P
     return sharing.Pieces(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    dot = report.when == "call" and report.passed and not hasattr(report, "wasxfail")
+    return ("passed", "", "") if dot and sharing.says_pieces(config) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # alone, tests run in the order in which one reads them
         sharing.longest_first(items)

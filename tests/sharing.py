@@ -1,11 +1,13 @@
 """Who runs what when several workers share the suite (`pytest -n 3`, as `make test` does).
 
 A module is never torn apart: what its fixtures start, they start once. All of tests/node is one piece, since it is
-about one machine. The longest pieces begin first, so that none of them is still running alone at the end.
+about one machine. The longest pieces begin first, so that none of them is still running alone at the
+end. Each says when it is done and how long it took: dots of three workers at once tell nobody how far they are.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -52,6 +54,28 @@ class Pieces(LoadScopeScheduling):
     def __init__(self, config: pytest.Config, log: Any = None) -> None:
         super().__init__(config, log)
         config.option.loadscopereorder = False
+        self._began = time.monotonic()
+        self._free_since: dict[Any, float] = {}
+        self._done = 0
 
     def _split_scope(self, nodeid: str) -> str:
         return piece(nodeid)
+
+    def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+        super().mark_test_complete(node, item_index, duration)
+        self._done += 1
+        name = piece(self.registered_collections[node][item_index])
+        tests = self.assigned_work[node][name]
+        if says_pieces(self.config) and all(tests.values()):
+            now = time.monotonic()
+            seconds = now - self._free_since.get(node, self._began)
+            self._free_since[node] = now
+            share = 100 * self._done // len(self.collection or tests)
+            terminal = self.config.pluginmanager.getplugin("terminalreporter")
+            terminal.write_line(f"[{share:3}%] {seconds:4.0f} s  {len(tests):3} of {name}")
+            terminal.flush()
+
+
+def says_pieces(config: pytest.Config) -> bool:
+    """Whether this is the process that tells how several workers get on, and is not asked to be quiet."""
+    return config.pluginmanager.has_plugin("dsession") and config.option.verbose == 0
