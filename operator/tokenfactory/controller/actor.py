@@ -128,14 +128,11 @@ class Actor:
                     owners=tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"]),
                 )
             case act.DeleteWorkload(held) | act.Retire(held):
-                exact = isinstance(action, act.Retire)
-                return await self.writer.delete(
-                    type(held), key_of(held), only_if=Precondition.of(held, exact=exact)
-                )
+                return await self._delete(held, exact=isinstance(action, act.Retire))
             case act.OpenGate():
                 return await self._open(action)
             case act.DeletePod(pod):
-                return await self.writer.delete(Pod, key_of(pod), only_if=Precondition.of(pod, exact=False))
+                return await self._delete(pod, exact=False)
             case act.MarkPod(pod, cost):
                 annotations = {names.DELETION_COST: cost}
                 mark = {"metadata": {"uid": pod.metadata.uid, "annotations": annotations}}
@@ -160,6 +157,13 @@ class Actor:
         # Only ever a new one: what exists may be a person's.
         content, labels = {"spec": action.spec}, {names.LEARNED_LABEL: "true"}
         return await self.writer.create(PowerProfile, ("", action.name), content, labels=labels)
+
+    async def _delete(self, held: Resource, *, exact: bool) -> Written[Any] | Refused:
+        """A write like any other: it is counted, and people are told of it."""
+        answer = await self.writer.delete(
+            type(held), key_of(held), only_if=Precondition.of(held, exact=exact)
+        )
+        return answer if isinstance(answer, Refused) else Written(None)
 
     async def _status(self, action: act.WriteStatus) -> Written[Any] | Unchanged | Refused:
         """Every ten seconds at most, unless a condition changed."""

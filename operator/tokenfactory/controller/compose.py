@@ -108,7 +108,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
     plan = Plan(
-        tuple(actions), again_after_seconds=min(_again(world, grid, sheets), 5.0 if refused.since else 30.0)
+        tuple(actions), again_after_seconds=min(_again(world, grid, sheets), 2.0 if refused.since else 30.0)
     )
     remembered = Memory(
         staffing.memory,

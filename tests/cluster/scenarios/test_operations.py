@@ -109,6 +109,29 @@ async def test_somebody_elses_pods_on_gpus_are_charged_and_kept_clear_of(scene: 
     await scene.ready()
 
 
+async def test_what_kube_scheduler_does_not_bind_is_placed_elsewhere(scene: Scene):
+    """It knows of processors and ports, and we do not; an opened pod cannot be given another node."""
+    await cores(scene, "1m")
+    try:
+        await scene.apply(scene.factory(model(replicas=2)))
+        await scene.ready()
+        assert {pod["spec"]["nodeName"] for pod in await scene.serving(2)} <= {"gpu-3", "gpu-4"}
+        told = [event["note"] for event in await scene.said("Pod") if event["reason"] == "Replaced"]
+        assert any("kube-scheduler does not bind it" in note and "Insufficient cpu" in note for note in told)
+        charged = await scene.site.get("gn")
+        pods = {node["metadata"]["name"]: node["spec"].get("pods", []) for node in charged["items"]}
+        assert not any(pods[name] for name in ("gpu-1", "gpu-2")), "their watts are given back"
+    finally:
+        await cores(scene, "64")
+
+
+async def cores(scene: Scene, count: str) -> None:
+    """Of the nodes of the first rack."""
+    status = json.dumps({"status": {"allocatable": {"cpu": count}}})
+    for name in ("gpu-1", "gpu-2"):
+        await scene.kubectl("patch", "node", name, "--subresource=status", "--type=merge", "-p", status)
+
+
 async def test_what_others_write_stays_and_what_is_ours_is_put_right(scene: Scene):
     await scene.apply(scene.factory(model(replicas=2)))
     await scene.ready()

@@ -12,7 +12,8 @@ from tokenfactory.api.meta import Condition, ObjectMeta
 from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.actor import Actor
-from tokenfactory.kube.apply import Written
+from tokenfactory.kube.apply import Refused, Unchanged, Written
+from tokenfactory.kube.objects import Pod
 
 SITE = """
 apiVersion: tokenfactory.dev/v1alpha1
@@ -132,3 +133,29 @@ async def test_a_status_is_written_every_ten_seconds_at_most_unless_a_condition_
 
 def type_of_spec() -> Any:
     return next(field.type for field in msgspec.structs.fields(PowerDomain) if field.name == "spec")
+
+
+class Deleting:
+    """An API server that deletes whatever it is asked to, or says that it is another one by now."""
+
+    def __init__(self, answer: Unchanged | Refused) -> None:
+        self.answer = answer
+        self.told: list[tuple[str, str]] = []
+
+    async def delete(self, *_: Any, **__: Any) -> Unchanged | Refused:
+        return self.answer
+
+    def event(self, about: Any, reason: str, message: str, **_: Any) -> None:
+        self.told.append((reason, message))
+
+
+async def test_a_pod_that_is_replaced_is_told_why_and_counts_as_a_write():
+    pod = Pod(metadata=ObjectMeta(name="chat-1", namespace="a", uid="1"))
+    server = Deleting(Unchanged())
+    actor = Actor(None, server, lambda: None)  # type: ignore[arg-type]
+    actor.writer = server  # type: ignore[assignment]
+    assert await actor.execute([act.DeletePod(pod, "its node is lost")])
+    assert (actor.writes, server.told) == (1, [("Replaced", "its node is lost")])
+    server.answer = Refused("it is another pod by now")
+    assert not await actor.execute([act.DeletePod(pod, "its node is lost")])
+    assert (actor.writes, len(server.told)) == (1, 1)

@@ -17,7 +17,7 @@ from tokenfactory.kube.resources import Key, key_of
 
 Slot = tuple[Key, str]
 """(factory, model)."""
-PATIENCE_MILLISECONDS: Final = 20_000
+PATIENCE_MILLISECONDS: Final = 10_000
 """A pod that ended there a moment ago may still hold its GPUs for kube-scheduler."""
 REMEMBERED_MILLISECONDS: Final = 600_000
 
