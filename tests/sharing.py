@@ -72,6 +72,8 @@ class Pieces(LoadScopeScheduling):
             self._free_since[node] = now
             share = 100 * self._done // len(self.collection or tests)
             terminal = self.config.pluginmanager.getplugin("terminalreporter")
+            if terminal._tw.width_of_current_line:  # letters of tests that did not pass
+                terminal.line("")
             terminal.write_line(f"[{share:3}%] {seconds:4.0f} s  {len(tests):3} of {name}")
             terminal.flush()
 

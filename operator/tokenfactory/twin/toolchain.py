@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ EVERY_COMPONENT = (*CONTROL_PLANE, "kubelet")
 
 _NO_SPACE = "no space left on device"
 _NEEDED_BYTES = 500 * 1024 * 1024
+_STILL_SECONDS = 30.0
 
 Say = Callable[[str], None]
 
@@ -154,10 +156,19 @@ def _full_disk(folder: Path, what: str) -> ToolError:
     )
 
 
-def _run_go(go: Go, arguments: list[str], *, what: str, cwd: Path, env: Mapping[str, str], lock: int) -> None:
+def _run_go(
+    go: Go,
+    arguments: list[str],
+    *,
+    what: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    lock: int,
+    say: Say = say_on_stderr,
+) -> None:
     """Run go, its errors explained. `lock` is inherited: no second build starts while this one lives."""
     try:
-        done = subprocess.run(
+        building = subprocess.Popen(
             [go.program, *arguments],
             cwd=cwd,
             env={**os.environ, "CGO_ENABLED": "0", **env},
@@ -167,21 +178,35 @@ def _run_go(go: Go, arguments: list[str], *, what: str, cwd: Path, env: Mapping[
             text=True,
             errors="replace",
             pass_fds=(lock,),
-            check=False,
         )
     except OSError as error:
         raise ToolError(f"cannot run {go.program}: {error.strerror}") from error
-    if done.returncode == 0:
+    with building:
+        printed = _wait_saying(building, what, say)
+    if building.returncode == 0:
         return
-    if _NO_SPACE in done.stdout:
+    if _NO_SPACE in printed:
         raise _full_disk(cache_folder(), what)
-    tail = "\n".join(done.stdout.strip().splitlines()[-15:])
+    tail = "\n".join(printed.strip().splitlines()[-15:])
     hint = "try again: what was built so far is kept"
     if re.search(r"dial tcp|no such host|connection refused|i/o timeout|proxyconnect|TLS handshake", tail):
         hint = "Go could not fetch its modules: check the network and `go env GOPROXY`, then try again"
     elif "signal: killed" in tail:
         hint = "the compiler was killed, mostly for want of memory: try again with GOFLAGS=-p=1"
     raise ToolError(f"building {what} with {go.version} failed (`go {' '.join(arguments)}`):\n{tail}\n{hint}")
+
+
+def _wait_saying(building: subprocess.Popen[str], what: str, say: Say) -> str:
+    """What it printed, once it has ended; now and then a word that it goes on."""
+    began = time.monotonic()
+    while True:
+        try:
+            return building.communicate(timeout=_STILL_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            say(f"  still building {what}: {time.monotonic() - began:.0f} s so far")
+        except BaseException:
+            building.kill()
+            raise
 
 
 @contextlib.contextmanager
@@ -262,6 +287,7 @@ def _build_control_plane(go: Go, source: Path, folder: Path, lock: int, say: Say
             cwd=source,
             env={},
             lock=lock,
+            say=say,
         )
         for name in EVERY_COMPONENT:
             (partial / name).symlink_to("controlplane")
@@ -310,6 +336,7 @@ def _ensure_go_tool(name: str, ask: list[str], say: Say) -> Path:
                     cwd=cache_folder(),
                     env={"GOBIN": str(partial), "GOFLAGS": "-ldflags=-s -ldflags=-w"},
                     lock=lock,
+                    say=say,
                 )
     return folder / name
 

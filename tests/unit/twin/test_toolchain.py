@@ -82,6 +82,18 @@ def test_the_control_plane_is_built_once_and_says_how_long_it_takes(machine: Sim
         assert subprocess.run([built / name], capture_output=True, check=True).stdout == b"built\n"
 
 
+def test_a_long_build_says_that_it_goes_on(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    heard = machine.folder / "heard"
+    machine.trouble(f"until [ -e {heard} ]; do sleep 0.01; done")
+    monkeypatch.setattr(toolchain, "_STILL_SECONDS", 0.05)
+
+    def say(line: str) -> None:
+        if line.startswith("  still building the control plane: "):
+            heard.touch()
+
+    assert (toolchain.ensure_control_plane(say) / "controlplane").exists()
+
+
 @pytest.mark.parametrize("file", ["go.mod", "go.sum", "main.go"])
 def test_another_source_is_another_build(
     file: str, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
