@@ -19,6 +19,7 @@ LONGEST_FIRST = (
     "tests/unit/planning/placement/test_optimum.py",
     "tests/cluster/scenarios/test_power.py",
     "tests/cluster/scenarios/test_crashes.py",
+    "tests/cluster/scenarios/test_life.py",
     "tests/node/",
     "tests/agent/test_agent_",
     "tests/cluster/test_controlplane.py",

@@ -112,6 +112,7 @@ def tools() -> None:
         typer.echo(f"control plane  {toolchain.ensure_control_plane()}")
         typer.echo(f"helm           {toolchain.ensure_helm()}")
         typer.echo(f"kubeconform    {toolchain.ensure_kubeconform()}")
+        typer.echo(f"lws            {toolchain.ensure_lws()}")
         typer.echo(f"promtool       {toolchain.ensure_promtool()}")
 
 

@@ -165,7 +165,8 @@ class Access:
     def audit_verbs(self) -> Iterator[tuple[str, str, str, str, str]]:
         """(user, verb, API group, resource, subresource) of every request in the log, oldest first.
 
-        The control plane's own requests are not logged, and the oldest go when the log is full.
+        A server-side apply that made its object is a patch and a create: it takes the right to both. The control
+        plane's own requests are not logged, and the oldest go when the log is full.
         """
         folder = self.folder / "audit"
         current = folder / "audit.log"
@@ -179,13 +180,17 @@ class Access:
                         break
                     event = json.loads(line)
                     what = event.get("objectRef") or {}
-                    yield (
-                        event["user"].get("username", ""),
-                        event["verb"],
-                        what.get("apiGroup", ""),
-                        what.get("resource", ""),
-                        what.get("subresource", ""),
-                    )
+                    made = (event.get("responseStatus") or {}).get("code") == http.HTTPStatus.CREATED
+                    for verb in (
+                        ("patch", "create") if made and event["verb"] == "patch" else (event["verb"],)
+                    ):
+                        yield (
+                            event["user"].get("username", ""),
+                            verb,
+                            what.get("apiGroup", ""),
+                            what.get("resource", ""),
+                            what.get("subresource", ""),
+                        )
 
 
 def _slug(text: str) -> str:

@@ -34,6 +34,7 @@ CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-sche
 
 EVERY_COMPONENT = (*CONTROL_PLANE, "kubelet")
 
+_LWS = "sigs.k8s.io/lws"
 _NO_SPACE = "no space left on device"
 _NEEDED_BYTES = 500 * 1024 * 1024
 _STILL_SECONDS = 30.0
@@ -301,6 +302,36 @@ def kubernetes_version(source: Path | None = None) -> str:
     if found is None:
         raise ToolError("tools/controlplane/go.mod does not require k8s.io/kubernetes")
     return found.group(1)
+
+
+# --- LeaderWorkerSets --------------------------------------------------------------------------
+
+
+def ensure_lws(say: Say = say_on_stderr) -> Path:
+    """A folder with the controller of LeaderWorkerSets (`lws`) and how it is installed (`crd`, `webhook`)."""
+    source = tools_folder() / "lws"
+    digest = hashlib.sha256((source / "go.sum").read_bytes()).hexdigest()[:12]
+    go = find_go()
+    folder = cache_folder() / f"lws-{digest}-{go.key}"
+    if folder.is_dir():
+        return folder
+    with _locked(f"lws-{digest}", say) as lock:
+        if not folder.is_dir():
+            say(f"building the controller of LeaderWorkerSets with {go.version}: some minutes, once")
+            _check_space(cache_folder(), "the controller of LeaderWorkerSets")
+            with _published(folder) as partial:
+                build = ["build", "-ldflags", "-s -w", "-o", str(partial / "lws"), f"{_LWS}/cmd"]
+                _run_go(go, build, what="lws", cwd=source, env={}, lock=lock)
+                listed = _run_quietly([go.program, "list", "-m", "-f", "{{.Dir}}", _LWS], source)
+                config = Path(listed.stdout.strip() or "nowhere") / "config"
+                if not config.is_dir():
+                    raise ToolError(f"{_LWS} cannot be found among Go's modules: {listed.stderr.strip()}")
+                for part in ("crd/bases", "webhook"):
+                    made = partial / part.partition("/")[0]
+                    made.mkdir()
+                    for file in (config / part).glob("*.yaml"):
+                        (made / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 # --- helm and kubeconform ----------------------------------------------------------------------

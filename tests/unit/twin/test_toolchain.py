@@ -329,3 +329,30 @@ def test_debians_package_that_cannot_be_fetched_says_so(machine: SimpleNamespace
     put(machine.path / "dpkg-deb", "#!/bin/sh\n")
     with pytest.raises(ToolError, match="Unable to locate package\nrun `apt-get update` as root"):
         toolchain.ensure_promtool(machine.said.append)
+
+
+def test_the_controller_of_groups_comes_with_what_it_is_installed_with(machine):
+    config = machine.folder / "module" / "config"
+    for part in ("crd/bases", "webhook"):
+        (config / part).mkdir(parents=True)
+        (config / part / "one.yaml").write_text("kind: One\n")
+    machine.trouble(f'case "$1" in list) echo {config.parent}; exit ;; esac')
+
+    found = toolchain.ensure_lws(machine.said.append)
+
+    assert {str(path.relative_to(found)) for path in found.rglob("*.*")} == {
+        "crd/one.yaml",
+        "webhook/one.yaml",
+    }
+    assert os.access(found / "lws", os.X_OK)
+    assert toolchain.ensure_lws(machine.said.append) == found
+    assert len([call for call in machine.calls() if call.startswith("build")]) == 1
+
+
+def test_a_module_that_cannot_be_found_is_no_controller_of_groups(machine):
+    machine.trouble('case "$1" in list) echo "no such module" >&2; exit 1 ;; esac')
+
+    with pytest.raises(ToolError, match="no such module"):
+        toolchain.ensure_lws(machine.said.append)
+
+    assert not [name for name in folders(machine) if name.startswith("lws")]
