@@ -9,6 +9,8 @@ from tests.agent.process import (
     until,
 )
 
+from tokenfactory.api.actuators import Actuators, ClockRange
+
 pytestmark = pytest.mark.cluster
 
 
@@ -118,3 +120,24 @@ async def test_a_bmc_is_read_and_missed_when_it_is_gone(world):
         assert "tokenfactory_agent_node_power_watts 4900.0" in await world.get("/metrics")
     await until(lambda: power_is(world, "Unreadable"))
     assert world.node.enforced_milliwatts() == [500_000] * 8
+
+
+async def test_clocks_that_a_grant_asks_for_are_locked_and_freed_with_its_end(world):
+    clocks = Actuators(locked_clocks=ClockRange(max_mhz=1_410))
+    world.node.give("inference", "chat-0", 0, 1)
+    await world.begin(grant(gpus=2, actuators=clocks))
+
+    def locked() -> list[int]:
+        return [gpu.get("locked_max_mhz") for gpu in world.node.hardware.gpus]
+
+    async def told(count: int) -> bool:
+        return [gpu.actuators for gpu in (await world.status()).gpus].count(clocks) == count
+
+    await until(lambda: locked() == [1_410] * 2 + [0] * 6)
+    await until(lambda: told(2))
+    assert world.node.enforced_milliwatts() == [600_000] * 2 + [250_000] * 6
+    await world.node.kill()
+    world.node.kubelet.end("inference", "chat-0")
+    world.start()
+    await until(lambda: locked() == [0] * 8)
+    await until(lambda: told(0))

@@ -98,7 +98,7 @@ class NodeGuard:
         if before is not None and after is not None:
             sample = Sample(draw, (before + after) // 2, self._most())
             if not sample.plausible:
-                self._fail(f"{draw} mW for a node whose GPUs draw {sample.gpu_milliwatts} mW cannot be true")
+                self._fail("its meter says less than its GPUs draw: that cannot be true")
                 return
             self._learn(sample)
         self._strike(draw)
@@ -123,7 +123,7 @@ class NodeGuard:
         for reading in readings:
             if not isinstance(reading, Reading) or reading.power_milliwatts is None:
                 return None
-            total += reading.module_milliwatts or reading.power_milliwatts
+            total += reading.power_milliwatts  # of a Grace module the GPU alone: its CPU is overhead
         return total if gpus else None
 
     def _most(self) -> int:

@@ -182,6 +182,8 @@ def test_gpus_that_nobody_may_cap_are_left_alone_and_the_others_give() -> None:
         await node.until(lambda: condition(node)[1] == "WithinCharge")
         await node.until(lambda: node.agent.state.decision.caps["GPU-0"].cap_milliwatts is None)
         left = node.limits()[0]
+        await asyncio.sleep(60)
+        assert node.agent.state.node_power.cuts == 0, "what it may draw is charged, capped or not"
         node.meter.rest = 2_500_000
         await node.until(lambda: condition(node) == ("False", "AboveCharge"), within=60)
         await node.until(lambda: sum(node.limits()[1:]) < 7 * 450_000)
@@ -199,9 +201,12 @@ def test_a_meter_that_fails_or_lies_moves_no_cap_and_is_told(problem: str) -> No
             node.meter.problem = "no answer within 5 s"
         else:
             node.meter.says = 1_000_000
+            for number, gpu in enumerate(node.nvml.gpus.values()):
+                gpu.draw = lambda it, number=number: 400_000 + (it.limit + node.nvml.reads + number) % 9_000
         await node.until(lambda: condition(node) == ("Unknown", "Unreadable"))
-        asked = node.meter.asked
+        asked, writes = node.meter.asked, len(node.api.writes)
         await node.until(lambda: node.meter.asked > asked + 60, within=1_000)
+        assert len(node.api.writes) - writes <= 30, "a meter's trouble is told once"
         assert len(node.nvml.sets) == sets
         assert node.api.status.overhead_milliwatts == 0
         assert node.agent.state.node_power.failures >= 60

@@ -145,6 +145,23 @@ async def test_a_hostile_bmc_is_an_error_in_bounded_time(name):
             await Redfish(url, answer_seconds=PATIENCE.get(name, 30)).read()
 
 
+async def test_nobody_is_followed_elsewhere():
+    """A password would go along."""
+    asked: list[str] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).decode().split()[1])
+        body = json.dumps(ENVIRONMENT).encode()
+        head = "302 Found\r\nLocation: /elsewhere" if asked[-1] == "/here" else "200 OK"
+        writer.write(f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+
+    async with serving(answer) as url:
+        with pytest.raises(MeterError, match="HTTP 302"):
+            await Redfish(f"{url}/here").read()
+    assert asked == ["/here"]
+
+
 async def test_a_huge_answer_is_not_read_to_its_end():
     ok = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with serving(endless(b"10000\r\n" + b" " * 65536 + b"\r\n", ok)) as url:
