@@ -114,6 +114,7 @@ class Election:
 
     async def acquire(self) -> Term:
         """Wait until this process leads."""
+        told = False
         while True:
             try:
                 if await self._try_to_lead():
@@ -122,6 +123,9 @@ class Election:
                     return self.term
             except (ApiError, UnreachableError) as fault:
                 log.warning("election for %s goes on: %s", self.key[1], fault)
+            if not told:
+                log.info("waiting for the leadership", extra={"lease": self.key[1]})
+                told = True
             await asyncio.sleep(self.backoff.next())
 
     async def keep(self) -> None:

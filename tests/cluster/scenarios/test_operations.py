@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import subprocess
 from collections import Counter
+from typing import Any
 
 import pytest
 from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, OPERATOR, Scene, model, plan
@@ -15,6 +17,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 GPUS = 2
+LEASE = "tokenfactory-operator"
 
 
 async def test_a_rollout_replaces_every_replica_within_the_budget(scene: Scene):
@@ -198,6 +201,72 @@ async def test_a_deleted_factory_drains_and_gives_its_watts_back(scene: Scene):
     await scene.until("its watts to be back", lambda: charged_at_most(scene, IDLE_WATTS))
     await scene.mine("delete", "pvc,svc,deploy", "--all")
     await scene.kubectl("delete", "namespace", scene.namespace, "--timeout=120s")
+
+
+async def test_a_second_operator_takes_over_from_one_that_dies_and_from_one_that_leaves(scene: Scene):
+    await scene.apply(scene.factory(model(replicas=2)))
+    await scene.ready()
+    log = scene.site.folder / "operator.log"
+    begun = log.read_text().count("everything is listed")
+    leader, before = await holder(scene), await terms(scene)
+    first = another(scene)
+    turns = log.read_text().count("waiting for the leadership")
+
+    async def waits() -> bool:
+        return log.read_text().count("waiting for the leadership") > turns
+
+    await scene.until("the second operator to wait for its turn", waits)
+    await scene.apply(scene.factory(model(replicas=3)))
+    await scene.serving(3)
+    assert await holder(scene) == leader
+    assert log.read_text().count("everything is listed") == begun, "it looks at nothing before it leads"
+
+    first.kill()
+    await asyncio.to_thread(first.wait, 20)
+    await scene.apply(scene.factory(model(replicas=4)))
+    await scene.serving(4)
+    await scene.ready()
+    assert await holder(scene) != leader
+    crashed = await terms(scene)
+    assert all(crashed[name] > term for name, term in before.items()), (
+        "nobody knows what the dead one still wrote"
+    )
+
+    leader, turns = await holder(scene), log.read_text().count("waiting for the leadership")
+    second = another(scene)
+    await scene.until("the third operator to wait for its turn", waits)
+    second.terminate()
+    await asyncio.to_thread(second.wait, 20)
+    assert second.returncode == 0
+
+    async def led() -> bool:
+        return await holder(scene) not in {"", leader}
+
+    await scene.until("the third operator to lead", led, 4.0)
+    assert await terms(scene) == crashed, "the one that left said that all of its writes had ended"
+    await scene.apply(scene.factory(model(replicas=1)))
+    await scene.serving(1)
+    await scene.ready()
+
+
+async def holder(scene: Scene) -> str:
+    found = await scene.kubectl("-n", "tokenfactory-system", "get", "lease", LEASE, "-o", "json")
+    lease = json.loads(found)
+    return str(lease["spec"].get("holderIdentity", ""))
+
+
+async def terms(scene: Scene) -> dict[str, int]:
+    """Under which leadership each node's charge was written last."""
+    nodes = await scene.site.get("gn")
+    return {node["metadata"]["name"]: node["spec"].get("term", 0) for node in nodes["items"]}
+
+
+def another(scene: Scene) -> subprocess.Popen[bytes]:
+    """The operator that runs steps aside in the site's books, and another one is started beside it."""
+    first: Any = scene.site._operator
+    scene.site._operator = None
+    scene.site.start_operator()
+    return first
 
 
 async def full(scene: Scene, model: str, count: int) -> bool:
