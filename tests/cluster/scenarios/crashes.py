@@ -60,7 +60,7 @@ class Mortal:
         token.write_text(identity["token"])
         self._kubeconfig = self.proxy.kubeconfig(self._site.folder, token_file=token)
         await asyncio.to_thread(self._site.stop_operator)
-        self._start()
+        self._site.start_operator(self._kubeconfig)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -68,10 +68,6 @@ class Mortal:
         await self._bury()
         await self.proxy.__aexit__(*exc)
         self._site.start_operator()
-
-    def _start(self) -> None:
-        """With a Lease that a busy machine lets it renew: when it dies nobody waits until that has run out."""
-        self._site.start_operator(self._kubeconfig, lease_seconds=15)
 
     def dies_at(self, point: Point) -> Crash:
         """The next operator that writes so often will die of it. `revive` it once that has happened."""
@@ -85,7 +81,7 @@ class Mortal:
         await asyncio.to_thread(self._site.stop_operator, kill=True)
         await self._bury()
         self.proxy.heal()
-        self._start()
+        self._site.start_operator(self._kubeconfig)
 
     async def _bury(self) -> None:
         await asyncio.to_thread(self._site.cluster.request, "DELETE", LEASE)

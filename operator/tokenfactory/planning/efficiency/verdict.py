@@ -95,7 +95,7 @@ def judge_efficiency(target: float | None, scope: Scope, energy: Energy, situati
     """The condition `EfficiencyMet`."""
     measured = energy.tokens_per_joule(scope)
     if target is None:
-        return Verdict("True", "NoTarget", f"{measured:.2f} tokens/J; no target is set", measured)
+        return Verdict("True", "NoTarget", "no target is set", measured)
     if energy.seconds < LEAST_WINDOW_SECONDS or energy.millijoules(scope) <= 0:
         return Verdict("Unknown", "NotMeasured", f"measured for {energy.seconds:.0f}s so far", None)
     if measured >= target:
