@@ -19,6 +19,7 @@ from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.learning import learn_profiles
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
+from tokenfactory.controller.plan.oversubscribing import oversubscribe
 from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.purses import held_to, spending
 from tokenfactory.controller.plan.recovering import recover
@@ -63,6 +64,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     world = see(snapshot)
     grid = lay_out(world)
     ledger = _ledger(world, grid, memory.ledger)
+    grid, ledger, watches = oversubscribe(world, grid, ledger, memory.watches)
     readings = read_meters(world, memory.readings)
     staffing = staff(world, memory.replicas, readings)
     energy = account(world, grid, memory.energy)
@@ -119,6 +121,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         readings,
         unread=snapshot.unread_factories,
         lessons=lessons,
+        watches=watches,
         ledger=ledger,
     )
     return Composed(plan, books, remembered)

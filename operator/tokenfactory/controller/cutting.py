@@ -45,6 +45,12 @@ def cuts(
         return []
     usable = usable_now(domains.values(), wall)
     before = last.books.grid.domains
+    margins = last.books.grid.margins
+    usable |= {
+        name: margin.under(usable[name]).ceiling_milliwatts
+        for name, margin in margins.items()
+        if name in usable
+    }
     lowered = {name: min(usable[name], before[name].usable_milliwatts) for name in before if name in usable}
     if not owed and all(milliwatts == before[name].usable_milliwatts for name, milliwatts in lowered.items()):
         return []

@@ -30,10 +30,10 @@ class Metrics:
         self._plans.inc()
         for gauge in (self._charge, self._limit, self._usable, self._draw, self._lost):
             gauge.clear()
-        for name, domain in composed.books.grid.domains.items():
+        for name in composed.books.grid.domains:
             self._charge.labels(name).set(composed.books.ledger.charge(name) / 1000)
             self._limit.labels(name).set(composed.books.grid.limit(name) / 1000)
-            self._usable.labels(name).set(domain.usable_milliwatts / 1000)
+            self._usable.labels(name).set(composed.books.grid.usable(name) / 1000)
             self._lost.labels(name).set(len(composed.books.ledger.lost(name)))
             hosts = composed.books.world.under.get(name, ())
             drawn = sum(host.held.status.draw_milliwatts for host in hosts if host.held)

@@ -60,6 +60,8 @@ class Agent:
     heard_at: datetime = START
     overhead_milliwatts: int = 0
     """What its meter has taught it."""
+    load_permille: int = 0
+    """What its GPUs draw of their limits."""
 
     def uuid(self, index: int) -> str:
         return f"{self.name}-gpu-{index}"
@@ -418,6 +420,7 @@ class SmallWorld:
             boot_id=agent.boot_id,
             capped=said.capped,
             mode=decision.mode,
+            draw_milliwatts=sum(enforced.values()) * agent.load_permille // 1000,
             applied=tuple(
                 AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())
             ),

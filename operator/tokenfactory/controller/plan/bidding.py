@@ -130,7 +130,9 @@ def clear(
     }
     settled = supply.settle(by_index)
     lowest = (
-        supply.settle(by_index, _lowest_limits(world, grid, supply)) if _has_timetable(world) else settled
+        supply.settle(by_index, _lowest_limits(world, grid, supply))
+        if grid.margins or _has_timetable(world)
+        else settled
     )
     targets = _targets(supply, settled, lowest, hulls)
     return Cleared(targets, settled, hulls, floors, supply)
@@ -423,9 +425,10 @@ def _has_timetable(world: World) -> bool:
 
 
 def _lowest_limits(world: World, grid: Grid, supply: Supply) -> IntArray:
-    """The lowest limit that any window of a timetable will set: what must fit when nobody can say so any more."""
+    """The lowest limit that any window of a timetable will set: what must fit when nobody can say so any more. Nothing is oversubscribed then."""
     limits = supply.limits.copy()
     for position, name in enumerate(supply.forest.names):
+        limits[position] = min(int(limits[position]), grid.usable(name))
         domain = world.snapshot.domains.get(("", name))
         if domain is None or not domain.spec.timetable:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from tokenfactory.api import names
@@ -13,6 +13,7 @@ from tokenfactory.controller.plan.nodes import Place
 from tokenfactory.controller.plan.world import GpuHost, World
 from tokenfactory.planning.power import catalogue, tree
 from tokenfactory.planning.power.lines import Domain, NodeFacts
+from tokenfactory.planning.power.oversubscription import Margin
 
 UNKNOWN_OVERHEAD_MILLIWATTS = 3_200_000
 """An 8-GPU server besides its GPUs, where not even the product of its GPUs is known."""
@@ -30,6 +31,13 @@ class Grid:
     """Domain or node → (reason, message)."""
     seconds_to_change: float | None
     """Until a timetable next changes a limit."""
+    margins: Mapping[str, Margin] = field(default_factory=dict)
+    """Domains in which charges may exceed the usable limit: `domains` has the ceiling, `tree` the limit."""
+
+    def usable(self, domain: str) -> int:
+        """What its nodes may truly draw."""
+        now = self.tree.domains.get(domain)
+        return now.usable_milliwatts if now else 0
 
     def limit(self, domain: str) -> int:
         now = self.tree.domains.get(domain)

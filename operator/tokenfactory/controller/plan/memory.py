@@ -17,6 +17,7 @@ from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
 from tokenfactory.planning.efficiency.verdict import Counter, Energy
 from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.oversubscription import Watch
 from tokenfactory.planning.power.steps import Held
 
 
@@ -46,5 +47,7 @@ class Memory:
     unread: Mapping[Key, str] = field(default_factory=dict)
     """Factories that could not be read, and why, as people were told."""
     lessons: Lessons = field(default_factory=Lessons)
+    watches: Mapping[str, Watch] = field(default_factory=dict)
+    """What oversubscribed domains drew of what they were charged."""
     ledger: Ledger | None = None
     """Of the last round: what has not changed since is not worked out again."""

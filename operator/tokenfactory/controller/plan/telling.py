@@ -50,7 +50,7 @@ def domain_status(books: Books, domain: PowerDomain) -> list[Action]:
             domain.status.conditions, domain_verdicts(books, name), generation, world.snapshot.wall
         ),
         limit=at_most(books.grid.limit(name)),
-        usable=at_most(known.usable_milliwatts),
+        usable=at_most(books.grid.usable(name)),
         charge=watts(charge),
         draw=steady(
             domain.status.draw, watts(sum(host.held.status.draw_milliwatts for host in nodes if host.held))

@@ -20,6 +20,7 @@ from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.efficiency.operating_point import OperatingPoint
 from tokenfactory.planning.efficiency.verdict import Situation, judge_efficiency
+from tokenfactory.planning.power.oversubscription import Margin
 from tokenfactory.planning.power.steps import Step
 
 _STEPS = {
@@ -73,6 +74,8 @@ def domain_verdicts(books: Books, name: str) -> dict[str, Verdict]:
     if charge <= known.usable_milliwatts:
         step = _STEPS[books.shed.step(name)]
         compliant: Verdict = (True, "WithinLimit", f"the charge of its nodes fits the limit{step}")
+        if name in grid.margins:
+            compliant = (True, *_oversubscribed(grid.margins[name], charge, step))
     else:
         over = watts(charge - known.usable_milliwatts)
         compliant = (
@@ -98,20 +101,32 @@ def domain_verdicts(books: Books, name: str) -> dict[str, Verdict]:
     fallback = ledger.fallback_load(name)
     if name in grid.problems:
         return {"Compliant": compliant, "Enforced": enforced, "Feasible": (False, *grid.problems[name])}
-    if fallback <= known.usable_milliwatts:
+    if fallback <= grid.usable(name):
         feasible: Verdict = (
             True,
             "FallbacksFit",
             "without the operator its nodes fall back within the limit",
         )
     else:
-        lack = watts(fallback - known.usable_milliwatts)
+        lack = watts(fallback - grid.usable(name))
         feasible = (
             False,
             "FloorsTooHigh",
             f"even at their minimum its nodes need {lack} more: move nodes or raise the limit",
         )
     return {"Compliant": compliant, "Enforced": enforced, "Feasible": feasible}
+
+
+def _oversubscribed(margin: Margin, charge: int, step: str) -> tuple[str, str]:
+    """Whole figures that seldom change: what is drawn at this moment is in `draw`."""
+    if margin.braking:
+        return (
+            "Braking",
+            f"what its nodes draw came near the limit, so their charge must fit it for now{step}",
+        )
+    if charge <= margin.breaker.usable_milliwatts:
+        return "WithinLimit", f"the charge of its nodes fits the limit{step}"
+    return "Oversubscribed", f"its nodes may draw more than the limit together, and draw less{step}"
 
 
 def _behind(world: World, domain: str) -> list[str]:
