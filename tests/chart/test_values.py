@@ -144,6 +144,16 @@ def test_the_bmcs_secret_is_mounted_where_the_agent_looks_for_it(render):
     assert {"name": "bmc", "secret": {"secretName": "bmc", "defaultMode": 0o400}} in pod["volumes"]
 
 
+def test_an_agent_is_sent_away_from_a_node_whose_driver_is_to_be_replaced(render):
+    pod = one(render(), "DaemonSet")["spec"]["template"]["spec"]
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = terms["nodeSelectorTerms"]
+    assert term["matchExpressions"] == [
+        {"key": "tokenfactory.dev/agent", "operator": "NotIn", "values": ["paused"]}
+    ]
+    assert {"operator": "Exists"} in pod["tolerations"]
+
+
 def test_the_heartbeats_name_in_the_policy_is_the_one_that_agents_use(render):
     policies = [each for each in render() if each["kind"] == "ValidatingAdmissionPolicy"]
     (policy,) = [each for each in policies if each["metadata"]["name"] == "tokenfactory-agent"]

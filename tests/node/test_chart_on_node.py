@@ -41,6 +41,7 @@ spec:
     gpusPerReplica: 2
     replicas: {min: 1, max: 1}
 """.replace("MODEL", MODEL)
+PAUSED = "tokenfactory.dev/agent=paused"
 OVERHEAD_WATTS, LIMIT_WATTS = 800, 3000
 
 
@@ -110,7 +111,7 @@ def installed(real_node, hardware, plugin) -> Iterator[Installed]:
         sys.stderr.write(told.stdout)
         # The models first, and waited for: the next test's agent would find strangers on its GPUs.
         kubectl("delete", "-f", "-", "--ignore-not-found", "--timeout=60s", input=FACTORY)
-        kubectl("label", "node", real_node.name, "nvidia.com/gpu.present-")
+        kubectl("label", "node", real_node.name, "nvidia.com/gpu.present-", f"{PAUSED.partition('=')[0]}-")
         release.uninstall()
         kubectl("taint", "node", real_node.name, "tokenfactory.dev/managed-", check=False)
         kubectl("delete", "gpunodes,capsheets", "--all")
@@ -153,6 +154,11 @@ def test_from_helm_install_to_tokens_within_the_limit(installed, real_node, hard
 
     before = [gpu.enforced_watts for gpu in hardware.gpus]
     assert installed.restarts() == {"operator": 0, "agent": 0}
+    installed.kubectl("label", "node", real_node.name, PAUSED)
+    wait_for(
+        lambda: set(installed.restarts()) == {"operator"}, "the agent to make way for another driver", 60
+    )
+    assert [gpu.enforced_watts for gpu in hardware.gpus] == before
     installed.uninstall()
     assert [gpu.enforced_watts for gpu in hardware.gpus] == before, "who ends leaves the caps in place"
     assert installed.models()[0]["metadata"]["uid"] == pod["uid"]
