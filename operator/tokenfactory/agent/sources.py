@@ -30,7 +30,7 @@ class SheetBook:
         """One change of the ordered watch."""
         for gone in (old,) if new is None and old is not None else ():
             if gone.spec.renewal is None:
-                self._sheets.pop(gone.spec.domain, None)
+                self._drop(gone.spec)
         if new is not None:
             if new.spec.renewal is not None:
                 self._renewals[new.spec.tree] = new.spec.renewal.sequence
@@ -55,7 +55,13 @@ class SheetBook:
         """Nobody follows this tree any more; what was heard of it must not be taken for news later."""
         self._renewals.pop(tree, None)
         for sheet in sheets:
-            self._sheets.pop(sheet.spec.domain, None)
+            self._drop(sheet.spec)
+
+    def _drop(self, gone: CapSheetSpec) -> None:
+        """Unless the watch of another tree, that the sheet has moved to, has brought a newer one already."""
+        held = self._sheets.get(gone.domain)
+        if held is not None and held.epoch <= gone.epoch:
+            del self._sheets[gone.domain]
 
 
 def _obeyed(spec: CapSheetSpec) -> tuple[object, ...]:

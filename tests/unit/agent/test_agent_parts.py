@@ -102,6 +102,18 @@ def test_a_renewal_is_no_sheet_and_one_of_a_tree_left_is_forgotten() -> None:
     assert not book.sheets
 
 
+def test_a_sheet_that_moves_to_another_tree_is_kept_whichever_watch_tells_of_it_first() -> None:
+    book, here, there = SheetBook(), sheet(1, 500), sheet(2, 500)
+    book.take(None, here)
+    book.take(None, there)
+    book.take(here, None)
+    assert book.sheets["d"].epoch == 2
+    book.forget("t", [here])
+    assert book.sheets["d"].epoch == 2
+    book.forget("t", [there])
+    assert "d" not in book.sheets
+
+
 # --- the watchdog
 
 

@@ -149,6 +149,21 @@ class Ledger:
                 least = min(least, acked)
         return least
 
+    def followed(self, domain: str) -> bool:
+        """All agents that are heard there follow the tree that the domain is in now: its sheet may be found there.
+
+        Moved earlier, it would be missed: safe, but at NVML's minimum until the agent has read its new path.
+        """
+        tree = self.tree(domain)
+        for entry in self.entries.values():
+            if domain not in entry.line.domains or not entry.facts.heard:
+                continue
+            node = entry.node
+            trees = {path[0] for path in (node.spec.path, *node.spec.former_paths) if path}
+            if tree not in trees or node.status.observed_generation != node.metadata.generation:
+                return False
+        return True
+
     def lost(self, domain: str) -> tuple[str, ...]:
         """Silent nodes that stay charged here until they are fenced."""
         return self._lost.get(domain, ())

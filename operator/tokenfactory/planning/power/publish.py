@@ -101,13 +101,19 @@ def _write(ledger: Ledger, domain: str, caps: Mapping[str, Allowance] | None) ->
     present = sheet.spec
     wanted = allowances_of(present) if caps is None else caps
     claimed = ("CapSheet", domain) not in ledger.unclaimed(ledger.tree(domain))
-    if wanted == allowances_of(present) and hold == present.hold_milliseconds and claimed:
+    moves = present.tree != ledger.tree(domain) and ledger.followed(domain)
+    if wanted == allowances_of(present) and hold == present.hold_milliseconds and claimed and not moves:
         return None
     spec = successor(
-        present, wanted, term=term, hold_milliseconds=hold, least_acked=ledger.least_acked(domain)
+        present,
+        wanted,
+        term=term,
+        hold_milliseconds=hold,
+        least_acked=ledger.least_acked(domain),
+        tree=ledger.tree(domain) if moves else None,
     )
     before = caps_of(present)
     why: Literal["Cut", "Raise", "Claim"] = "Claim" if spec.epoch == present.epoch else "Cut"
-    if any(allowance.cap > before.get(name, 0) for name, allowance in wanted.items()):
+    if moves or any(allowance.cap > before.get(name, 0) for name, allowance in wanted.items()):
         why = "Raise"
     return SheetWrite(spec, sheet.metadata.resource_version, why)

@@ -79,15 +79,19 @@ def successor(
     term: int,
     hold_milliseconds: int,
     least_acked: int | None = None,
+    tree: str | None = None,
 ) -> CapSheetSpec:
     """The sheet to publish after `present`. The same content in a newer term keeps its epoch: nobody need obey anew.
+
+    `tree` is the root that it is to be found under from now on, where that is another: a new epoch too.
 
     `least_acked` is the lowest epoch that a node below has acknowledged; absent, nothing is forgotten, so that
     a cut needs no look at any node.
     """
     entries = _entries(caps)
     earlier, complete_from = _forget(present, least_acked)
-    if entries == present.caps and hold_milliseconds == present.hold_milliseconds:
+    tree = tree or present.tree
+    if (entries, hold_milliseconds, tree) == (present.caps, present.hold_milliseconds, present.tree):
         return msgspec.structs.replace(present, term=term, earlier=earlier, complete_from=complete_from)
     epoch = present.epoch + 1
     if least_acked is None or least_acked <= present.epoch:
@@ -96,6 +100,7 @@ def successor(
         complete_from = epoch
     return msgspec.structs.replace(
         present,
+        tree=tree,
         term=term,
         epoch=epoch,
         hold_milliseconds=hold_milliseconds,

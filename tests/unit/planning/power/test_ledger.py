@@ -173,3 +173,28 @@ def test_what_is_as_wanted_is_not_written_again() -> None:
     node = a_node("a", path=["hall"], gpus=1).grant("p", CHAT, 1).acked(hall=1).obj()
     ledger = look([node], sheets=[hall(chat=500)])
     assert plan_sheets(ledger, a_target({"hall": {CHAT: 500}})).writes == ()
+
+
+def a_rack_that_moved(*, current: bool, heard: bool = True) -> Ledger:
+    """Under hall b now, with a sheet that is still found under hall a."""
+    domains = (a_domain("a"), a_domain("b"), a_domain("rack", parent="b"))
+    sheets = [
+        a_sheet("a").caps({CHAT: 500}).obj(),
+        a_sheet("b").caps({CHAT: 500}).obj(),
+        a_sheet("rack", tree="a").caps({CHAT: 300}).obj(),
+    ]
+    node = a_node("n", path=["b", "rack"], gpus=1).spec(former_paths=(("a", "rack"),)).acked(a=1, rack=1)
+    node = node.observed(node.obj().metadata.generation - (not current))
+    return look(
+        [node.obj()], sheets=sheets, domains=domains, facts={"n": NodeFacts(guarded=True, heard=heard)}
+    )
+
+
+def test_a_sheet_moves_to_another_tree_once_its_agents_follow_both() -> None:
+    targets = a_target({"a": {CHAT: 500}, "b": {CHAT: 500}, "rack": {CHAT: 300}})
+    assert plan_sheets(a_rack_that_moved(current=False), targets).writes == ()
+    (write,) = plan_sheets(a_rack_that_moved(current=True), targets).writes
+    assert (write.spec.domain, write.spec.tree, write.spec.epoch) == ("rack", "b", 2)
+    assert [cap.cap for cap in write.spec.caps] == [300 * W]
+    (write,) = plan_sheets(a_rack_that_moved(current=False, heard=False), targets).writes
+    assert write.spec.tree == "b"
