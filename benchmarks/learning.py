@@ -23,7 +23,7 @@ PERIODS = 30
 MODELS, RACKS, GROUPS_PER_RACK, GPUS = 12, 24, 4, 8
 LOW, HIGH = 200_000, 1_000_000
 SITES = 2 if quick() else 20
-HELD_OUT = (7, 1_000_003, 424_242_000)
+HELD_OUT = (77, 2_000_003, 525_252_000)
 SHAPES = ("cliff", "two knees", "drifting")
 
 
@@ -121,9 +121,11 @@ class Site:
             ]
         )
 
-    def crossed(self, caps, period):
+    def crossed(self, caps, served, period):
         """Served groups that are asked to run below their model's true floor."""
-        return sum(int(caps[g] < self.models[m].floor(period)) for g, m in enumerate(self.group_model))
+        return sum(
+            int(served[g] and caps[g] < self.models[m].floor(period)) for g, m in enumerate(self.group_model)
+        )
 
     def true_hulls(self, period):
         grid = np.arange(LOW, HIGH + 1, 2000)
@@ -169,18 +171,23 @@ def run_site(seed):
             )
         )
     first_hulls = [s.hull() for s in states]
-    ratios, crossed = [], 0
+    ratios, crossed, drained = [], 0, 0
     for period in range(PERIODS):
         fixed = choose_probes(site, states, period)
         caps, _ = site.clear([s.hull() for s in states], fixed)
-        crossed += site.crossed(caps, period)
-        made = site.made(caps, period)
+        # Where a rack does not carry the floors that are thought to be, a group is drained: it serves nobody.
+        floors = np.array([states[m].safe_floor() for m in site.group_model])
+        served = caps >= floors - 1000
+        served[list(fixed)] = True
+        drained += int((~served).sum())
+        crossed += site.crossed(caps, served, period)
+        made = np.where(served, site.made(caps, period), 0.0)
         # What no caps can beat: the hulls of the true curves, bridges included.
         best = site.clear(site.true_hulls(period), {})[1].tokens() / GPUS
         ratios.append(made.sum() / best)
         read = made * rng.normal(1.0, 0.02, size=made.size)
         for model, state in enumerate(states):
-            groups = np.flatnonzero(site.group_model == model)
+            groups = np.flatnonzero((site.group_model == model) & served)
             seen = [
                 Observation(
                     int(caps[g]),
@@ -195,7 +202,7 @@ def run_site(seed):
     uniform = np.full(site.group_model.size, int(site.limits[0] / site.group_model.size / GPUS))
     uniform_made = site.made(np.minimum(uniform, HIGH), PERIODS - 1).sum()
     confidence = float(np.mean([s.confidence() for s in states]))
-    return ratios, crossed, catalogue / best, uniform_made / best, confidence
+    return ratios, crossed, catalogue / best, uniform_made / best, confidence, drained
 
 
 def main() -> int:
@@ -209,6 +216,8 @@ def main() -> int:
         report.add(f"ratio_to_optimum_worst_site{name}", min(last), "", ">= 0.97")
     everything = [run for runs in groups.values() for run in runs]
     report.add("slo_floors_crossed", sum(r[1] for r in everything), "", "<= 0")
+    periods = len(everything) * PERIODS * RACKS * GROUPS_PER_RACK
+    report.add("share_of_group_periods_drained", sum(r[5] for r in everything) / periods, "")
     report.add("ratio_first_period", float(np.mean([r[0][0] for r in everything])), "")
     report.add("ratio_period_10", float(np.mean([r[0][9] for r in everything])), "")
     report.add("ratio_catalogue_alone", float(np.mean([r[2] for r in everything])), "")

@@ -24,10 +24,11 @@ from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import budgets, catalogue
 from tokenfactory.planning.power.efficiency import Draw, PriceFloor, draw_of, find_price_floor, thresholds
 from tokenfactory.planning.power.forest import Fleet, Forest, muster
-from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass
+from tokenfactory.planning.power.goods import BoolArray, Goods, IntArray, PowerClass
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.market import Clearing, Market
+from tokenfactory.planning.power.parking import caught_on_a_cliff, crossed_whole
 from tokenfactory.planning.power.profile import Hull, Requirement, hull_of, lifted, parked, unknown
 from tokenfactory.planning.power.zones import Allotment, Sale, put_on_sale
 
@@ -69,9 +70,29 @@ class Supply:
     def settle(
         self, floors: Mapping[int, float] | None = None, limits: IntArray | None = None
     ) -> budgets.Settled:
-        at = self.limits if limits is None else limits
+        """Whoever runs first gets over its cliff, if that carries all who run: who was parked made room for it."""
+        settled = self._settle(floors, limits)
+        if caught_on_a_cliff(settled.clearing).any():
+            whole = self._settle(floors, limits, crossed_whole(self.goods))
+            if not caught_on_a_cliff(whole.clearing).any():
+                return whole
+        return settled
+
+    def _settle(
+        self,
+        floors: Mapping[int, float] | None,
+        limits: IntArray | None,
+        firsts: BoolArray | None = None,
+    ) -> budgets.Settled:
         return budgets.settle(
-            self.forest, self.goods, self.fleet, self.committed, at, self.sale.purses, floors
+            self.forest,
+            self.goods,
+            self.fleet,
+            self.committed,
+            self.limits if limits is None else limits,
+            self.sale.purses,
+            floors,
+            firsts=firsts,
         )
 
 

@@ -21,6 +21,7 @@ from tokenfactory.planning.power.goods import (
     TICKS,
     TURN,
     Adder,
+    BoolArray,
     FloatArray,
     Goods,
     IntArray,
@@ -71,9 +72,13 @@ def settle(
     purses: tuple[Purse, ...] = (),
     price_floors: Mapping[int, float] | None = None,
     before: Settled | None = None,
+    firsts: BoolArray | None = None,
 ) -> Settled:
-    """Clears the market within the limits of the tree and of every purse. `before`: where prices begin."""
-    site = Site(forest, goods, fleet, committed, limits, purses, price_floors)
+    """Clears the market within the limits of the tree and of every purse.
+
+    `before`: where prices begin; `firsts`: classes whose first stretches come first (`goods.firsts_first`).
+    """
+    site = Site(forest, goods, fleet, committed, limits, purses, price_floors, firsts)
     adders = _as_before(before, goods, purses)
     found: dict[str, Adder] = {}
     if not adders:

@@ -15,7 +15,7 @@ All watts are whole milliwatts, so sums over a million GPUs are exact.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -196,6 +196,8 @@ class Order:
     cell_ticks: IntArray
     class_start: IntArray
     """Where each class's pieces begin (pieces are sorted by class, then by cell)."""
+    firsts: BoolArray | None = None
+    """Classes whose first stretches come first within their stage, by index; see `firsts_first`."""
 
     @cached_property
     def caps(self) -> IntArray:
@@ -211,6 +213,37 @@ class Order:
         low = self.caps[classes, cell]
         high = self.caps[classes, np.minimum(cell + 1, self.cells)]
         return low + np.floor((high - low) * fraction).astype(np.int64)
+
+
+def firsts_first(order: Order, classes: BoolArray) -> Order:
+    """The same order, but the first stretches of these classes (by index) come first within their stage.
+
+    For replicas that were chosen to run: each is to get to the end of its first stretch before anything goes further.
+    """
+    first = classes[order.piece_class] & (order.piece_segment == 0)
+    stage = order.cell_stage[order.piece_cell]
+    key = (2 * stage + ~first) * (order.cells + 1) + order.piece_cell
+    return replace(_renumbered(order, key), firsts=classes)
+
+
+def _renumbered(order: Order, key: IntArray) -> Order:
+    _, cell = np.unique(key, return_inverse=True)
+    cell = cell.astype(np.int64)
+    by_class = np.lexsort((cell, order.piece_class))
+    count = int(cell.max()) + 1 if cell.size else 0
+    stage, ticks = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    stage[cell], ticks[cell] = order.cell_stage[order.piece_cell], order.cell_ticks[order.piece_cell]
+    return Order(
+        goods=order.goods,
+        cells=count,
+        piece_class=order.piece_class[by_class],
+        piece_segment=order.piece_segment[by_class],
+        piece_width=order.piece_width[by_class],
+        piece_cell=cell[by_class],
+        cell_stage=stage,
+        cell_ticks=ticks,
+        class_start=order.class_start,
+    )
 
 
 def put_in_order(

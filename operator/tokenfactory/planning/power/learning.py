@@ -28,7 +28,7 @@ PRIOR_WEIGHT = 0.5
 # Tokens lost per share of cap, on the steepest cliff that is thought possible.
 STEEPEST = 3.0
 # What must be left of the latency's room: noise and a knee that moves between two looks.
-ROOM = 0.05
+ROOM = 0.06
 # One step down, as a share of the cap.
 STEP = 0.02
 # One observation moves what is known by no more than if it were this far off.

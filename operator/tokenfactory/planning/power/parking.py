@@ -3,17 +3,20 @@
 Below an SLO floor, and on the bridge over a cliff, it is better that some replicas run well and the others are
 parked at NVML's minimum than that all run badly. The caps alone already fit the limits; parking makes more
 of the same watts. Per class and binding domain, as many replicas stay as the group's watts carry to the end
-of the stretch; what is left over goes back to the market.
+of the stretch; what is left over goes back to the market. Where groups are small that rounds too coarsely: there the
+best whole numbers are searched for (`whole.py`), and of both plans the one that makes more is taken.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tokenfactory.planning.power.forest import Fleet
-from tokenfactory.planning.power.goods import BoolArray, IntArray, PowerClass
+from tokenfactory.planning.power.goods import BoolArray, Goods, IntArray, PowerClass, firsts_first
 from tokenfactory.planning.power.market import Clearing, Market
+from tokenfactory.planning.power.pricing import Purse
+from tokenfactory.planning.power.whole import best_whole, parts, site_of
 
 # Watts left over by one round of parking can ask for another; by then they are less than a replica's.
 ROUNDS = 8
@@ -32,24 +35,34 @@ class Parking:
         return self.clearing.value()
 
 
-def park(clearing: Clearing, clear: Callable[[Market], Clearing] | None = None) -> Parking:
+def park(
+    clearing: Clearing,
+    clear: Callable[[Market], Clearing] | None = None,
+    purses: Sequence[Purse] = (),
+) -> Parking:
     """Parks replicas until no class that should not be is caught on a stretch that a GPU cannot use.
 
     `clear` clears the market of what keeps running; with purses it must be one that settles them anew
-    (`budgets.settle`), since fewer GPUs may spend more each. Default: the same order, the same limits.
+    (`budgets.settle`, with the order's `firsts`), since fewer GPUs may spend more each. Default: the same order, the same limits.
     """
     market = clearing.market
     limits = clearing.limits
     clear_again = clear or (lambda running: running.clear(limits))
     classes, fleet = market.order.goods.classes, market.fleet
-    parked = np.zeros(fleet.gpus.size, dtype=np.int64)
     may_park = _may_park(classes, fleet)
-    for _ in range(ROUNDS):
-        more = _one_round(clearing, parked, may_park)
-        if not more.any():
-            break
-        parked += more
-        clearing = clear_again(_running(market, parked))
+    nobody = np.zeros(fleet.gpus.size, dtype=np.int64)
+    after, parked = _in_rounds(clearing, clearing, nobody, may_park, clear_again)
+    if parked.any():
+        found, firsts = _searched(clearing, may_park, purses)
+        if found.any():
+            ordered = Market(
+                market.forest, firsts_first(market.order, firsts), market.fleet, market.committed
+            )
+            begun = clear_again(_running(ordered, found))
+            other, sleeping = _in_rounds(begun, clearing, found, may_park, clear_again)
+            if _made(other) > _made(after):
+                after, parked = other, sleeping
+    clearing = after
     names = market.forest.names
     replicas = {
         (names[int(fleet.domain[pair])], classes[int(fleet.class_index[pair])].name): int(
@@ -58,6 +71,88 @@ def park(clearing: Clearing, clear: Callable[[Market], Clearing] | None = None) 
         for pair in np.flatnonzero(parked)
     }
     return Parking(clearing, replicas)
+
+
+def _in_rounds(
+    clearing: Clearing,
+    whole: Clearing,
+    parked: IntArray,
+    may_park: IntArray,
+    clear_again: Callable[[Market], Clearing],
+) -> tuple[Clearing, IntArray]:
+    """Parks until nobody is caught any more. `whole` is the market with nobody parked, `parked` who is already."""
+    everything = replace(clearing.market, fleet=whole.market.fleet, committed=whole.market.committed)
+    parked = parked.copy()
+    for _ in range(ROUNDS):
+        more = _one_round(clearing, parked, may_park)
+        if not more.any():
+            break
+        parked += more
+        clearing = clear_again(_running(everything, parked))
+    return clearing, parked
+
+
+def _searched(clearing: Clearing, may_park: IntArray, purses: Sequence[Purse]) -> tuple[IntArray, BoolArray]:
+    """GPUs to park by pair, and the classes of which every replica was decided on."""
+    goods, fleet = clearing.market.order.goods, clearing.market.fleet
+    parkable = crossed_whole(goods)
+    caught = caught_on_a_cliff(clearing)
+    parked = np.zeros(fleet.gpus.size, dtype=np.int64)
+    decided = np.zeros(fleet.gpus.size, dtype=np.bool_)
+    spare = may_park.copy()
+    for top, pairs in parts(clearing):
+        if not caught[pairs].any():
+            decided[pairs] = True  # all of them run
+            continue
+        site = site_of(clearing, pairs, parkable, top, purses)
+        standing: dict[int, int] = {}
+        for lot in site.lots:
+            standing[lot.class_index] = standing.get(lot.class_index, 0) + lot.count
+        needed = {number: count - int(spare[number]) for number, count in standing.items() if count}
+        plan = best_whole(site, needed)
+        for lot, count in zip(site.lots, plan or (), strict=plan is not None):
+            decided[lot.pair] = True
+            if lot.count:
+                parked[lot.pair] = (lot.count - count) * goods.classes[lot.class_index].gpus_per_replica
+                spare[lot.class_index] -= lot.count - count
+    firsts = parkable.copy()
+    firsts[fleet.class_index[~decided & (fleet.gpus > 0)]] = False
+    return parked, firsts
+
+
+def crossed_whole(goods: Goods) -> BoolArray:
+    """Classes whose first stretch only whole replicas cross, by index: see `goods.firsts_first`."""
+    return np.array([_only_whole(each) for each in goods.classes], dtype=np.bool_)
+
+
+def _only_whole(each: PowerClass) -> bool:
+    """Whether no cap on the first stretch is as good as a share of the replicas at its end."""
+    if len(each.milliwatts) < 2 or not each.is_chord(0):
+        return False
+    low, high = each.milliwatts[:2]
+    inside = [watts for watts, _ in each.curve if low < watts < high] or [(low + high) // 2]
+    return all(parks_better(each, watts) for watts in inside)
+
+
+def _made(clearing: Clearing) -> tuple[float, ...]:
+    """What the running replicas really make, stage by stage: nothing on a stretch that only whole replicas cross."""
+    goods, fleet, caps = clearing.market.order.goods, clearing.market.fleet, clearing.caps
+    made = np.zeros(goods.stages)
+    for number, each in enumerate(goods.classes):
+        mine = fleet.class_index == number
+        if not mine.any():
+            continue
+        for at in np.flatnonzero(goods.piece_class == number):
+            segment = int(goods.piece_segment[at])
+            low, width = each.milliwatts[segment], int(goods.piece_width[at])
+            bought = np.clip(caps[mine] - low, 0, width)
+            if segment == 0 and _only_whole(each):
+                bought = np.where(bought >= width, width, 0)
+            gain = (each.values[segment + 1] - each.values[segment]) / width
+            made[goods.piece_stage[at]] += float((bought * fleet.gpus[mine]).sum()) * gain
+    # Less than a part in a million is rounding, and no reason to prefer a plan.
+    scale = max(float(made.sum()), 1e-12) * 1e-6
+    return tuple(float(round(value / scale)) * scale for value in made)
 
 
 def _running(market: Market, parked: IntArray) -> Market:
@@ -85,7 +180,7 @@ def _one_round(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntA
     binding = clearing.path_levels[2][fleet.domain]
     more = np.zeros(caps.size, dtype=np.int64)
     groups: dict[tuple[int, int], list[int]] = {}
-    for pair in np.flatnonzero(_caught(clearing) & (fleet.gpus > 0)):
+    for pair in np.flatnonzero(caught_on_a_cliff(clearing) & (fleet.gpus > 0)):
         groups.setdefault((int(fleet.class_index[pair]), int(binding[pair])), []).append(int(pair))
     left = may_park.copy()
     np.subtract.at(left, fleet.class_index, parked // _per_replica(classes)[fleet.class_index])
@@ -106,7 +201,7 @@ def _per_replica(classes: tuple[PowerClass, ...]) -> IntArray:
     return np.array([c.gpus_per_replica for c in classes], dtype=np.int64)
 
 
-def _caught(clearing: Clearing) -> BoolArray:
+def caught_on_a_cliff(clearing: Clearing) -> BoolArray:
     """Pairs whose cap is on a first stretch that is better parked than run."""
     market = clearing.market
     classes, fleet, caps = market.order.goods.classes, market.fleet, clearing.caps

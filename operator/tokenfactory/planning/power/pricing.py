@@ -19,6 +19,7 @@ from tokenfactory.planning.power.goods import (
     Goods,
     IntArray,
     distinct,
+    firsts_first,
     put_in_order,
 )
 from tokenfactory.planning.power.market import Clearing, Market
@@ -54,6 +55,7 @@ class Site:
     limits: IntArray
     all_purses: tuple[Purse, ...]
     price_floors: Mapping[int, float] | None = None
+    firsts: BoolArray | None = None
     clearings: int = 0
     _spent: dict[tuple[tuple[str, tuple[int, ...], int], ...], dict[str, int]] = field(default_factory=dict)
     _last: tuple[object, Clearing] | None = None
@@ -72,6 +74,8 @@ class Site:
         if self._last is None or self._last[0] != key:
             self.clearings += 1
             order = put_in_order(self.goods, adders.values(), self.price_floors)
+            if self.firsts is not None:
+                order = firsts_first(order, self.firsts)
             self._last = key, self._plain.reordered(order).clear(self.limits)
         return self._last[1]
 

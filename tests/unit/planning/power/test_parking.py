@@ -7,6 +7,7 @@ from tests.unit.planning.power import oracle, worlds
 from tokenfactory.planning.power.budgets import Purse, settle
 from tokenfactory.planning.power.goods import PowerClass
 from tokenfactory.planning.power.parking import park
+from tokenfactory.planning.power.whole import parts
 
 
 def cliff_classes(rng, count):
@@ -45,7 +46,7 @@ def world(seed, replicas):
     return market, limits
 
 
-def best_with_parking(market, limits):
+def best_with_parking(market, limits, purses=()):
     """Per domain and class a whole number of replicas runs, at or above the knee; the rest is parked."""
     value, upper, integer, owner, watts = [], [], [], [], []
     links = []
@@ -73,6 +74,12 @@ def best_with_parking(market, limits):
         ]
         rows.append((columns, [watts[i] for i in columns]))
         bounds.append(int(limits[position] - market.base[position]) / 1000)
+    for purse in purses:
+        mine = purse.members[market.fleet.class_index]
+        columns = [i for i, p in enumerate(owner) if mine[p]]
+        rows.append((columns, [watts[i] for i in columns]))
+        minimum = market.order.goods.minimum[market.fleet.class_index]
+        bounds.append((purse.milliwatts - int((market.fleet.gpus * minimum)[mine].sum())) / 1000)
     return oracle.solve_lp(value, upper, rows, bounds, integer)
 
 
@@ -95,16 +102,52 @@ def compare(seed, replicas):
     return made / max(found, 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_parking_is_within_half_a_percent_of_the_best_and_never_above(seed):
-    assert compare(seed, 200) >= 0.995
+SIZES = (1, 2, 3, 5, 10, 20, 60, 200)
+"""Replicas of a class in a domain, at most."""
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parking_is_within_half_a_percent_of_the_best_and_never_above(size):
+    assert min(compare(seed, size) for seed in range(3)) >= 0.995
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(0, 500, 100))
-def test_parking_on_many_random_sites(start):
-    for seed in range(1000 + start, 1100 + start):
-        assert compare(seed, 200) >= 0.995
+@pytest.mark.parametrize("size", SIZES)
+def test_parking_on_many_random_sites(size):
+    for seed in range(1000, 1063):
+        assert compare(seed, size) >= 0.995, seed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 5, 20, 60])
+def test_parking_under_a_budget_on_many_random_sites(size):
+    """Where groups are tiny one order of buying cannot always spend a purse to the last replica."""
+    ratios = [compare_with_a_budget(seed, size) for seed in range(1000, 1016)]
+    assert min(ratios) >= (0.995 if size >= 20 else 0.95)
+    assert np.mean(ratios) >= 0.995
+
+
+def test_what_binds_apart_is_searched_apart():
+    """Thirty halls, each with its own limit: more pairs than are searched together, in as many parts as halls."""
+    rng = np.random.default_rng(5)
+    classes = cliff_classes(rng, 6)
+    forest = worlds.plant(np.array([-1] + [0] * 30, dtype=np.int64))
+    domain, number = np.repeat(np.arange(1, 31), 6), np.tile(np.arange(6), 30)
+    counts = np.array([3 * classes[c].gpus_per_replica for c in number])
+    goods = worlds.gather_goods(classes)
+    fleet = worlds.muster(forest, domain, number, 6, counts)
+    market = worlds.Market(forest, worlds.put_in_order(goods), fleet, np.zeros(31, dtype=np.int64))
+    spread = np.zeros(31, dtype=np.int64)
+    np.add.at(spread, fleet.domain, fleet.gpus * (goods.maximum - goods.minimum)[fleet.class_index])
+    limits = market.base + (spread * rng.uniform(0.2, 0.8, 31)).astype(np.int64)
+    limits[0] = 10**12
+    clearing = market.clear(limits)
+    found = parts(clearing)
+    assert [len(pairs) for _, pairs in found] == [6] * 30
+    plan = park(clearing)
+    assert (plan.clearing.drawn <= limits).all()
+    best, bound, _ = best_with_parking(market, limits)
+    assert 0.995 * best <= really_made(plan.clearing) <= bound * (1 + 1e-6)
 
 
 def small(min_replicas=0, floor=0, tokens=(0.0, 10.0), curve=()):
@@ -150,24 +193,42 @@ def test_where_the_curve_is_good_enough_nobody_is_parked():
     assert plan.parked == {}
 
 
-def test_parking_keeps_within_a_budget_across_the_tree():
-    for seed in range(5):
-        market, limits = world(seed, 100)
-        goods, fleet = market.order.goods, market.fleet
-        members = np.array([i % 2 == 0 for i in range(len(goods.classes))])
-        mine = members[fleet.class_index]
-        least = int((fleet.gpus * goods.minimum[fleet.class_index])[mine].sum())
-        freely = int((fleet.gpus * market.clear(limits).caps)[mine].sum())
-        purse = Purse("even", members, (least + freely) // 2)
+def compare_with_a_budget(seed, replicas):
+    """Every other class pays from one budget, of half of what they would draw beyond their minimum."""
+    market, limits = world(seed, replicas)
+    goods, fleet = market.order.goods, market.fleet
+    members = np.array([i % 2 == 0 for i in range(len(goods.classes))])
+    mine = members[fleet.class_index]
+    least = int((fleet.gpus * goods.minimum[fleet.class_index])[mine].sum())
+    freely = int((fleet.gpus * market.clear(limits).caps)[mine].sum())
+    purse = Purse("even", members, (least + freely) // 2)
 
-        def settled(running, purse=purse, limits=limits, mine=mine, fleet=fleet, goods=goods):
-            parked = fleet.gpus - running.fleet.gpus
-            owed = int((parked * goods.minimum[fleet.class_index])[mine].sum())
-            left = Purse(purse.name, purse.members, purse.milliwatts - owed)
-            return settle(running.forest, goods, running.fleet, running.committed, limits, (left,)).clearing
+    def settled(running):
+        parked = fleet.gpus - running.fleet.gpus
+        owed = int((parked * goods.minimum[fleet.class_index])[mine].sum())
+        left = Purse(purse.name, purse.members, purse.milliwatts - owed)
+        settled = settle(
+            running.forest,
+            goods,
+            running.fleet,
+            running.committed,
+            limits,
+            (left,),
+            firsts=running.order.firsts,
+        )
+        return settled.clearing
 
-        plan = park(settled(market), settled)
-        running = plan.clearing.market.fleet.gpus
-        spent = running * plan.clearing.caps + (fleet.gpus - running) * goods.minimum[fleet.class_index]
-        assert int(spent[mine].sum()) <= purse.milliwatts
-        assert (plan.clearing.drawn <= limits).all()
+    plan = park(settled(market), settled, (purse,))
+    running = plan.clearing.market.fleet.gpus
+    spent = running * plan.clearing.caps + (fleet.gpus - running) * goods.minimum[fleet.class_index]
+    assert int(spent[mine].sum()) <= purse.milliwatts
+    assert (plan.clearing.drawn <= limits).all()
+    made = really_made(plan.clearing)
+    found, bound, _ = best_with_parking(market, limits, (purse,))
+    assert made <= bound * (1 + 1e-6)
+    return made / max(found, 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parking_keeps_within_a_budget_across_the_tree(seed):
+    assert compare_with_a_budget(seed, 100) >= 0.995
