@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tokenfactory.api.power_domain import Admit
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
@@ -13,14 +13,19 @@ DEFAULT_BAND = 100
 """Where no domain on the path says who may draw, everybody may, up to this band."""
 
 
-def refusals(world: World, tree: Tree, factory: TokenFactory, model: ModelSpec) -> dict[str, str]:
-    """Domain → the grant that is missing there; domains that admit the model are left out."""
+def refusals(
+    world: World, tree: Tree, factory: TokenFactory, model: ModelSpec, of: Iterable[str] | None = None
+) -> dict[str, str]:
+    """Domain → the grant that is missing there; domains that admit the model are left out. `of` some, or of all."""
     namespace = world.snapshot.namespaces.get(("", factory.metadata.namespace or ""))
     labels = namespace.metadata.labels if namespace else {}
-    admits = {at: some for at in tree.domains if (some := _admits(world, at)) is not None}
+    asked = list(tree.domains if of is None else of)
+    above = tree.domains if of is None else {at for name in asked for at in tree.domains[name].path}
+    admits = {at: some for at in above if (some := _admits(world, at)) is not None}
     lacking = {at: _missing(some, labels, factory, model, at) for at, some in admits.items()}
     found: dict[str, str] = {}
-    for name, domain in tree.domains.items():
+    for name in asked:
+        domain = tree.domains[name]
         granting = [at for at in domain.path if at in admits]
         if not granting:
             if model.band > DEFAULT_BAND:

@@ -35,10 +35,12 @@ def recover(world: World, factory: TokenFactory) -> Recovered:
                 "" if host.node_ready else ", and so did its kubelet"
             )
             lost.append(LostReplica(replica.name, replica.uid, replica.model.name, host.name, cause))
+    is_open = any(incident.phase != "Closed" for incident in factory.status.incidents)
     situation = Situation(
         now=rfc3339(world.snapshot.wall),
         lost=lost,
-        replicas={replica.name: _facts(world, replica) for replica in replicas},
+        # Of no meaning while nothing is lost and nothing is open, which is nearly always.
+        replicas={replica.name: _facts(world, replica) for replica in replicas} if lost or is_open else {},
         fleet_nodes=world.fleet_nodes,
         lost_nodes=world.lost_nodes(after),
     )

@@ -135,8 +135,7 @@ def _behind(world: World, domain: str) -> list[str]:
     for host in world.under.get(domain, ()):
         if sheet is None or host.held is None or world.lost(host) or host.fenced:
             continue
-        applied = {entry.domain: entry.epoch for entry in host.held.status.applied}
-        if host.silent_seconds is not None and applied.get(domain, 0) < sheet.spec.epoch:
+        if host.silent_seconds is not None and host.applied.get(domain, 0) < sheet.spec.epoch:
             found.append(host.name)
     return found
 
@@ -168,7 +167,7 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
     refused = [
         f"{model.name}: {why}"
         for model in factory.spec.models
-        if (why := refusals(books.world, books.grid.tree, factory, model).get(domain))
+        if (why := refusals(books.world, books.grid.tree, factory, model, [domain]).get(domain))
     ]
     if refused:
         return (False, "NotAdmitted", "; ".join(refused))

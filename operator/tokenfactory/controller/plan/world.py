@@ -102,6 +102,11 @@ class GpuHost:
     def grants(self) -> tuple[PodGrant, ...]:
         return self.held.spec.pods if self.held else ()
 
+    @cached_property
+    def applied(self) -> Mapping[str, int]:
+        """Domain → the epoch that its agent acknowledged."""
+        return {entry.domain: entry.epoch for entry in self.held.status.applied} if self.held else {}
+
     @property
     def fenced(self) -> bool:
         return self.held is not None and self.held.spec.fence is not None
