@@ -157,9 +157,7 @@ class Observer:
                 except (ApiError, UnreachableError) as error:
                     log.warning("list failed", extra={"kind": kind.KIND, "error": str(error)})
                     continue
-                for key, why in page.undecodable.items():
-                    store.broken(key, why)
-                store.replace_all(page.items, page.resource_version)
+                store.replace_all(page.items, page.resource_version, page.undecodable)
             complete = all(store.complete for store in self.stores.values())
             if complete:
                 self._listed.set()

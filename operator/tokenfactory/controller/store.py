@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from tokenfactory.api.meta import Resource
 from tokenfactory.kube.resources import Key, key_of
 
 T = TypeVar("T", bound=Resource)
+NONE: Final[Mapping[Key, str]] = MappingProxyType({})
 
 
 class Store(Generic[T]):
@@ -62,9 +63,14 @@ class Store(Generic[T]):
             self.undecodable[key] = why
             self._changed()
 
-    def replace_all(self, objects: Iterable[T], version: int) -> None:
-        """A complete list as of `version`: what is not in it and not newer is gone."""
+    def replace_all(self, objects: Iterable[T], version: int, undecodable: Mapping[Key, str] = NONE) -> None:
+        """A complete list as of `version`: what is not in it and not newer is gone, whether it could be read or not."""
         listed = {key_of(obj): obj for obj in objects}
+        for key, why in undecodable.items():
+            self.broken(key, why)
+        for key in [key for key in self.undecodable if key not in listed and key not in undecodable]:
+            del self.undecodable[key]
+            self._changed()
         for key, held in list(self._objects.items()):
             if key not in listed and key not in self.undecodable and _version(held) <= version:
                 del self._objects[key]

@@ -56,11 +56,21 @@ def test_the_deletion_of_a_namesake_leaves_the_new_one(store: Store[PowerDomain]
 
 def test_an_object_that_does_not_fit_keeps_its_last_good_state_and_is_named(store: Store[PowerDomain]):
     store.broken(("", "hall"), "limit: expected text")
-    store.replace_all([], version=40)
+    store.replace_all([], version=40, undecodable={("", "hall"): "limit: expected text"})
     assert held(store) == {"hall": "1MW"}
     assert store.undecodable == {("", "hall"): "limit: expected text"}
     store.put(domain(version=41, limit="3MW"))
     assert held(store) == {"hall": "3MW"}
+    assert store.undecodable == {}
+
+
+def test_an_object_that_does_not_fit_and_was_deleted_unseen_is_gone_with_the_next_list(
+    store: Store[PowerDomain],
+):
+    store.broken(("", "hall"), "limit: expected text")
+    store.broken(("", "attic"), "limit: expected text")
+    store.replace_all([], version=40)
+    assert held(store) == {}
     assert store.undecodable == {}
 
 
