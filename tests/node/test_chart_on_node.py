@@ -124,6 +124,8 @@ def test_from_helm_install_to_tokens_within_the_limit(installed, real_node, hard
         lambda: installed.models() and installed.models()[0]["status"]["phase"] == "Running", "a model", 120
     )
     pod = installed.models()[0]["metadata"]
+    (nim,) = installed.models()[0]["spec"]["containers"]
+    assert nim["restartPolicyRules"], "this kubelet can send a container that restarts through the gate"
     log = wait_for(
         lambda: installed.kubectl(  # noqa: PLW0108  a new question each time
             "logs", pod["name"], "-n", "tokens", "-c", "nim", check=False
