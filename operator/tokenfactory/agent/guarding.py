@@ -100,7 +100,8 @@ class NodeGuard:
             if not sample.plausible:
                 self._fail("its meter says less than its GPUs draw: that cannot be true")
                 return
-            self._learn(sample)
+            if not self.state.missing:  # what a GPU draws that nobody can read is no overhead
+                self._learn(sample)
         self._strike(draw)
         if self.state.node_power != self._said:
             self._said = replace(self.state.node_power)

@@ -21,6 +21,7 @@ from tokenfactory.agent.guard import (
     watch_node,
 )
 from tokenfactory.agent.metrics import render
+from tokenfactory.agent.nvml import FailureKind
 from tokenfactory.agent.overhead import SAMPLES, SEASONED, with_margin
 
 # --- a GPU
@@ -214,6 +215,22 @@ def test_a_meter_that_fails_or_lies_moves_no_cap_and_is_told(problem: str) -> No
         await node.until(lambda: condition(node) == ("True", "WithinCharge"))
 
     story(tell, rest=900_000, charged=1_000_000)
+
+
+def test_a_gpu_that_nobody_can_read_is_no_overhead() -> None:
+    async def tell(node: Node) -> None:
+        await node.kill()
+        node.nvml.gpus["GPU-3"].hidden = FailureKind.LOST
+        node.start()
+        node.api.renew()
+        asked = node.meter.asked
+        await node.until(lambda: node.meter.asked > asked + 3 * SAMPLES, within=2_000)
+        assert node.api.status.overhead_milliwatts == 0
+        node.nvml.gpus["GPU-3"].hidden = None
+        node.meter.rest = 1_500_000
+        await node.until(lambda: node.api.status.overhead_milliwatts == with_margin(1_500_000), within=2_000)
+
+    story(tell, rest=900_000, charged=1_200_000)
 
 
 def test_what_was_learned_outlives_the_agent_and_never_falls() -> None:
