@@ -16,9 +16,9 @@ from xdist.scheduler import LoadScopeScheduling
 TOGETHER = ("tests/node/",)
 LONGEST_FIRST = (
     "tests/cluster/scenarios/test_operations.py",
+    "tests/cluster/scenarios/test_crashes.py",
     "tests/unit/planning/placement/test_optimum.py",
     "tests/cluster/scenarios/test_power.py",
-    "tests/cluster/scenarios/test_crashes.py",
     "tests/cluster/scenarios/test_life.py",
     "tests/node/",
     "tests/agent/test_agent_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import grpc
@@ -117,6 +118,20 @@ async def test_a_kubelet_without_get_is_asked_for_its_list(tmp_path):
     await kubelet.stop()
 
 
+async def test_a_simulated_kubelet_may_be_deeper_than_a_sockets_path(tmp_path):
+    kubelet = SimulatedKubelet(tmp_path / ("d" * 100) / "kubelet.sock")
+    await kubelet.start()
+    kubelet.run(plugin(CHAT, "GPU-aaa"))
+    client = PodResources(str(kubelet.socket))
+    assert (await client.holdings(GPUS)).by_gpu == {"GPU-aaa": (CHAT,)}
+    await client.close()
+    await kubelet.stop()
+    folder = kubelet.socket.parent
+    del kubelet
+    gc.collect()
+    assert not folder.exists()
+
+
 async def test_a_kubelet_restart_is_survived_on_the_same_client(kubelet, client):
     kubelet.run(plugin(CHAT, "GPU-aaa"))
     assert (await client.holdings(GPUS)).by_gpu
@@ -125,7 +140,7 @@ async def test_a_kubelet_restart_is_survived_on_the_same_client(kubelet, client)
     assert isinstance(gone, Unavailable)
     assert "UNAVAILABLE" in gone.text
     await kubelet.start()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while isinstance(found := await client.holdings(GPUS), Unavailable):
         assert time.monotonic() < until, found.text
         await asyncio.sleep(0.02)

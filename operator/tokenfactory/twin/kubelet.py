@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import grpc.aio
 
 from tokenfactory.agent.podresources import podresources_pb2 as api
+
+_LONGEST: Final = 100
+"""A little less than what the kernel takes as the path of a socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +57,16 @@ class SimulatedPod:
 
 
 class SimulatedKubelet:
-    """Serves `pods` on `socket`; change `pods` at will, `stop` and `start` for a restart."""
+    """Serves `pods` on `socket`; change `pods` at will, `stop` and `start` for a restart.
+
+    A socket's path may not be as deep as a test's folder is: then `socket` is elsewhere, in a short one.
+    """
 
     def __init__(self, socket: Path, *, has_get: bool = True) -> None:
+        if len(os.fsencode(socket)) > _LONGEST:
+            folder = tempfile.mkdtemp(prefix="tokenfactory-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            socket = Path(folder) / "kubelet.sock"
         self.socket = socket
         self.pods: dict[tuple[str, str], SimulatedPod] = {}
         self.silent = False
