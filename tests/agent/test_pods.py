@@ -9,6 +9,7 @@ import time
 import grpc
 import pytest
 
+from tokenfactory.agent.live import LivePods
 from tokenfactory.agent.nvml import Gpu, MigDevice
 from tokenfactory.agent.pods import Holdings, PodRef, PodResources, Unavailable, Unresolved
 from tokenfactory.twin.kubelet import SimulatedKubelet, SimulatedPod
@@ -68,6 +69,14 @@ def plugin(ref, *devices, resource="nvidia.com/gpu"):
         ),
         pytest.param(
             [
+                plugin(CHAT, "MIG-c1", "MIG-c2", resource="nvidia.com/mig-1g.10gb"),
+                plugin(BATCH, "GPU-bbb::1", resource="nvidia.com/gpu.shared"),
+            ],
+            {"GPU-ccc": (CHAT, CHAT), "GPU-bbb": (BATCH,)},
+            id="two instances are two parts of the GPU",
+        ),
+        pytest.param(
+            [
                 SimulatedPod(
                     "inference", "chat-0", claims={"gpu.nvidia.com": ["gpu-3", "gpu-2-mig-1g10gb-19-0"]}
                 )
@@ -97,6 +106,22 @@ async def test_a_device_of_nobodys_is_told_not_dropped(kubelet, client):
     found = await client.holdings(GPUS)
     assert found.by_gpu == {"GPU-aaa": (CHAT,)}
     assert found.unresolved == (Unresolved(CHAT, "nvidia.com/gpu", "GPU-zzz"),)
+
+
+async def test_the_agent_hears_of_parts_and_of_devices_that_nvml_does_not_show(kubelet):
+    kubelet.run(
+        plugin(CHAT, "MIG-c1", "MIG-c2", resource="nvidia.com/mig-1g.10gb"),
+        plugin(BATCH, "GPU-aaa", "GPU-zzz"),
+    )
+    pods = LivePods(str(kubelet.socket), 0.0)
+    try:
+        heard = {pod.name: pod for pod in await pods.list(GPUS)}
+    finally:
+        await pods.close()
+    assert heard["chat-0"].gpus == ("GPU-ccc", "GPU-ccc")
+    assert heard["chat-0"].unknown == ()
+    assert heard["batch-0"].gpus == ("GPU-aaa",)
+    assert heard["batch-0"].unknown == ("nvidia.com/gpu GPU-zzz",)
 
 
 async def test_get_answers_for_one_pod_and_a_vanished_pod_holds_nothing(kubelet, client):

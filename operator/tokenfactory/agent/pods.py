@@ -58,7 +58,7 @@ class Holdings:
     """Who holds what on this node, at one moment."""
 
     by_gpu: Mapping[str, tuple[PodRef, ...]] = field(default_factory=dict)
-    """UUID of the whole GPU → the pods on it, more than one when it is shared or split."""
+    """UUID of the whole GPU → the pods on it, once for each device: several when it is shared or split."""
     unresolved: tuple[Unresolved, ...] = ()
 
     def gpus_of(self, pod: PodRef) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class _Names:
 def holdings(pods: Iterable[Any], gpus: Sequence[Gpu]) -> Holdings:
     """From the API's answer; pure."""
     names = _Names(gpus)
-    held: dict[str, dict[PodRef, None]] = {}
+    held: dict[str, list[PodRef]] = {}
     unresolved: dict[Unresolved, None] = {}
     for pod in pods:
         ref = PodRef(pod.namespace, pod.name)
@@ -108,7 +108,7 @@ def holdings(pods: Iterable[Any], gpus: Sequence[Gpu]) -> Holdings:
             if gpu is None:
                 unresolved[Unresolved(ref, resource, device)] = None
             else:
-                held.setdefault(gpu, {})[ref] = None
+                held.setdefault(gpu, []).append(ref)
     return Holdings({gpu: tuple(refs) for gpu, refs in held.items()}, tuple(unresolved))
 
 
@@ -167,7 +167,11 @@ class PodResources:
         if isinstance(every, Unavailable):
             return every
         return Holdings(
-            {gpu: (pod,) for gpu, pods in every.by_gpu.items() if pod in pods},
+            {
+                gpu: own
+                for gpu, pods in every.by_gpu.items()
+                if (own := tuple(it for it in pods if it == pod))
+            },
             tuple(lost for lost in every.unresolved if lost.pod == pod),
         )
 
