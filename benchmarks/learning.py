@@ -23,7 +23,7 @@ PERIODS = 30
 MODELS, RACKS, GROUPS_PER_RACK, GPUS = 12, 24, 4, 8
 LOW, HIGH = 200_000, 1_000_000
 SITES = 2 if quick() else 20
-HELD_OUT = (77, 2_000_003, 525_252_000)
+HELD_OUT = (99, 3_000_017, 626_262_000)
 SHAPES = ("cliff", "two knees", "drifting")
 
 

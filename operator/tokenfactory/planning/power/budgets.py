@@ -34,15 +34,18 @@ from tokenfactory.planning.power.pricing import PROHIBITIVE, Purse, Site, lowest
 # A priced purse that spends less than this part of its budget is priced anew: well inside the 0.1 % that may be lost.
 LEAST_SPENT = 0.99995
 TURNS = 15
+# What a purse that only rises leaves of its budget the first time; twice as much each time after.
 LEAST_SPARED = 0.0001
 CUT_STEPS = 50
 # A purse whose delay moves by less from turn to turn does not take part when several are moved together.
 STANDS_STILL = TURN // 500
-# How far a delay is moved to see what it does, and what the joint search for delays aims at.
+# The joint search for prices and delays: how far a delay is moved to see what it does, which part of each budget it aims
+# at, from how many purses on, in how many steps, how much overspending ends it, how many nudges a step may be, and
+# what must be left of the overspending for its answer to be taken.
 NUDGE = TURN // 64
 AIM = 0.99998
 JOINT_STEPS = 8
-MOST_ALONE = 2
+LEAST_JOINT = 2
 FAR_OFF = 0.5
 BELIEVED = 64.0
 WORTH_IT = 0.25
@@ -133,7 +136,7 @@ def _begin_together(site: Site, adders: dict[str, Adder]) -> None:
     """
     spent = site.spent({})
     over = [p for p in site.all_purses if spent[p.name] > p.milliwatts]
-    if len(over) < MOST_ALONE or np.sum([p.members for p in over], axis=0).max() > 1:
+    if len(over) < LEAST_JOINT or np.sum([p.members for p in over], axis=0).max() > 1:
         return
     members = np.logical_or.reduce([p.members for p in over])
     joint = lowest_price(site, {}, Purse("\0", members, sum(p.milliwatts for p in over)), None, rough=True)
@@ -220,7 +223,7 @@ def _aim_together(site: Site, adders: dict[str, Adder]) -> None:
     """
     closed = (PROHIBITIVE,) * site.goods.stages
     names = [name for name, adder in adders.items() if adder.price != closed]
-    if len(names) < MOST_ALONE:
+    if len(names) < LEAST_JOINT:
         return
     stage = {name: _live_stage(adders[name]) for name in names}
     at = np.array([adders[name].price[stage[name]] for name in names], dtype=np.float64)

@@ -64,6 +64,8 @@ def product_of(
             nvml,
         )
     source = data.SOURCES[row.source]
+    if row.estimates:
+        source += f"; estimated, rather too high than too low: {' and '.join(row.estimates)}"
     return Product(
         name=row.name,
         minimum_milliwatts=minimum_milliwatts or row.minimum_watts * 1000,
@@ -81,12 +83,17 @@ def _system(product: str, gpus: int) -> data.SystemRow | None:
     return min(fits, key=lambda s: (s.gpus, -s.nameplate_watts), default=None)
 
 
+def _source_of(system: data.SystemRow) -> str:
+    source = data.SOURCES[system.source]
+    return f"estimated from {source}" if system.estimated else source
+
+
 def nameplate(product: str, gpus: int, *, maximum_milliwatts: int = 0) -> Figure:
     """The most that a node of so many GPUs can draw: what a node without an agent is charged."""
     system = _system(product, gpus)
     each = product_of(product, maximum_milliwatts=maximum_milliwatts)
     if system is not None:
-        return Figure(system.nameplate_watts * 1000, data.SOURCES[system.source])
+        return Figure(system.nameplate_watts * 1000, _source_of(system))
     return Figure(2 * gpus * each.maximum_milliwatts, "unknown system: twice what its GPUs may draw")
 
 
@@ -98,7 +105,7 @@ def overhead(product: str, gpus: int, *, maximum_milliwatts: int = 0) -> Figure:
         listed = product_of(product)
         # Fewer GPUs than the system holds: the rest of it is all there.
         rest = system.nameplate_watts * 1000 - system.gpus * listed.maximum_milliwatts
-        return Figure(max(rest, 0), data.SOURCES[system.source])
+        return Figure(max(rest, 0), _source_of(system))
     return Figure(gpus * each.maximum_milliwatts, "unknown system: as much as its GPUs may draw")
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from tokenfactory.planning.power.goods import Adder, PowerClass
+from tokenfactory.planning.power.goods import TICKS, Adder, PowerClass
 from tokenfactory.planning.power.market import Clearing
 from tokenfactory.planning.power.tree import Problem
 
@@ -48,7 +48,10 @@ def explain(
     if cap >= everything:
         useful = _useful(each)
         if everything < useful and purses:
-            return said.budget(purses)
+            paid = [a for a in (adders or {}).values() if a.members[number]]
+            # The first entry that is paid decides; a closed purse's price means no more than that it is closed.
+            ticks = sum(next((entry for entry in a.price if entry), 0) for a in paid)
+            return said.budget(purses, min(ticks, TICKS) * goods.value_per_tick * 1000)
         return said.efficiency() if everything < useful else said.nothing()
     stage = int(order.cell_stage[min(cell, order.cells - 1)])
     band = goods.band_of_stage(stage)
@@ -97,11 +100,14 @@ class _Words:
         message = f"{_watts(self.cap)} is all that brings this class more tokens: nothing holds it back"
         return self._say("Nothing", "", self.each.band, 0.0, message)
 
-    def budget(self, purses: list[str]) -> Explanation:
+    def budget(self, purses: list[str], price: float) -> Explanation:
         together = " and that of ".join(purses)
         are = "are" if len(purses) > 1 else "is"
-        message = f"the budget of {together} {are} spent: this class is held at {_watts(self.cap)}"
-        return self._say("Budget", purses[0], self.each.band, 0.0, message)
+        message = (
+            f"the budget of {together} {are} spent, at a price of {price:.3g} value per joule: this class is held at "
+            f"{_watts(self.cap)}"
+        )
+        return self._say("Budget", purses[0], self.each.band, price, message)
 
     def efficiency(self) -> Explanation:
         message = (

@@ -29,6 +29,8 @@ PRIOR_WEIGHT = 0.5
 STEEPEST = 3.0
 # What must be left of the latency's room: noise and a knee that moves between two looks.
 ROOM = 0.06
+# And besides, before a step further down: what is thought of the present floor may be this much too good.
+DOUBTED = 0.04
 # One step down, as a share of the cap.
 STEP = 0.02
 # One observation moves what is known by no more than if it were this far off.
@@ -138,7 +140,7 @@ class Learned:
             near = np.abs(self.caps - floor) <= REACH * floor
             if needed <= 0 or self.weight[near].sum() < KNOWN_WEIGHT / 2:
                 return None  # the present floor itself was not looked at yet
-            if self.estimate()[at] < needed * (1 + ROOM + STEEPEST * STEP):
+            if self.estimate()[at] < needed * (1 + ROOM + DOUBTED + STEEPEST * STEP):
                 return None
         return lower
 

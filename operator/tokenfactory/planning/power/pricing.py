@@ -231,6 +231,7 @@ class _Bracket:
     """Not above 0."""
     looks: int = 0
     _lows: int = 0
+    """How often in a row the low end moved; 0 only before it was looked at."""
     _highs: int = 0
 
     @property
@@ -248,11 +249,11 @@ class _Bracket:
         self.looks += 1
         if off > 0:
             self.low, self.too_much = at, off
-            self._lows, self._highs = self._lows + 1, self._highs and 1
+            self._lows, self._highs = self._lows + 1, min(self._highs, 1)
             self.left = self.left / 2 if self._lows > 1 else self.left
         else:
             self.high, self.left = at, off
-            self._highs, self._lows = self._highs + 1, self._lows and 1
+            self._highs, self._lows = self._highs + 1, min(self._lows, 1)
             self.too_much = self.too_much / 2 if self._highs > 1 else self.too_much
 
 

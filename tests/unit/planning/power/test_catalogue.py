@@ -104,6 +104,21 @@ def test_every_figure_has_a_source():
     assert keys == set(catalogue_data.SOURCES)
 
 
+def test_a_figure_without_a_public_source_says_so():
+    assert "estimated" in catalogue.product_of("NVIDIA GB300").source
+    assert "estimated" not in catalogue.product_of("NVIDIA H100 80GB HBM3").source
+    assert catalogue.nameplate("NVIDIA GB200", 4).source.startswith("estimated")
+    assert not catalogue.nameplate("NVIDIA B200", 8).source.startswith("estimated")
+    known = {"minimum", "default", "maximum", "idle"}
+    assert all(set(row.estimates) <= known for row in catalogue_data.PRODUCTS)
+
+
+@pytest.mark.parametrize(("tray", "rack_watts"), [("GB200", 132_000), ("GB300", 142_000), ("Rubin", 230_000)])
+def test_a_trays_nameplate_covers_its_part_of_the_rack(tray, rack_watts):
+    row = next(row for row in catalogue_data.SYSTEMS if row.product == tray)
+    assert 18 * row.nameplate_watts >= rack_watts - 3_600
+
+
 def test_a_larger_model_stands_in_for_one_of_unknown_size_class():
     assert catalogue.curve_of("NVIDIA B200", 50) == catalogue.curve_of("NVIDIA B200", 70)
 

@@ -163,6 +163,8 @@ def test_a_grant_binds_in_its_domain_and_nowhere_else():
     said = explain(settled.clearing, "granting", sale.name(forest.index["granting"], "chat"), settled.adders)
     assert said.bound == "Budget"
     assert said.bound_by == "granting's spec.admits[0]"
+    # 10 tokens of 200 W is what the last watt is worth.
+    assert said.price == pytest.approx(10 / 200, rel=1e-6)
 
 
 def test_a_grant_that_is_large_enough_changes_nothing():
