@@ -130,6 +130,11 @@ def watch_breaks(world: World, rng: random.Random) -> bool:
     return True
 
 
+def sheet_deleted(world: World, rng: random.Random) -> bool:
+    name = pick(rng, sorted(world.sheets))
+    return name is not None and world.delete_sheet(name)
+
+
 def reboots(world: World, rng: random.Random) -> bool:
     name = pick(rng, [n for n, m in world.machines.items() if m.on])
     if name is None:
@@ -187,7 +192,9 @@ def leader_hears(world: World, rng: random.Random) -> bool:
     leader = one_leader(world, rng)
     if leader is None:
         return False
-    if leader.site_queue and rng.random() < 0.3:
+    if leader.sheet_queue:
+        world.next_sheet_event(leader)
+    elif leader.site_queue and rng.random() < 0.3:
         world.next_site_event(leader)
     elif leader.node_queue:
         for _ in range(rng.randint(1, min(4, len(leader.node_queue)))):

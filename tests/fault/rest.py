@@ -59,6 +59,8 @@ def _round(world: World, score: Score, root: str) -> bool:
     leader.heard = frozenset(world.machines)
     while leader.site_queue:
         world.next_site_event(leader)
+    while leader.sheet_queue:
+        world.next_sheet_event(leader)
     while leader.node_queue:
         world.next_node_event(leader)
     world.lead_sheets(leader)

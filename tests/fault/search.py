@@ -13,13 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.fault.moves import FAULTS, MOVES, agent_starts, comes_on, wish_pod
+from tests.fault.moves import FAULTS, MOVES, agent_starts, comes_on, sheet_deleted, wish_pod
 from tests.fault.parts import Kit, Violation
 from tests.fault.rest import Score, rest
 from tests.fault.sites import make_site
 from tests.fault.world import World
 
 EPISODE_STEPS = 600
+SHEETS_ARE_DELETED_EVERY = 5
+"""In one history of so many, somebody deletes cap sheets too."""
 
 
 def episode(seed: int, kit: Kit, score: Score, *, steps: int = EPISODE_STEPS, to_rest: bool = True) -> None:
@@ -35,6 +37,8 @@ def episode(seed: int, kit: Kit, score: Score, *, steps: int = EPISODE_STEPS, to
     # Some episodes are mostly calm, some are storms, and each leans on other faults.
     storm = rng.choice((0.0, 0.5, 1.0, 1.0, 3.0))
     moves = {**MOVES, **{fault: weight * storm * rng.choice((0, 1, 2)) for fault, weight in FAULTS.items()}}
+    if seed % SHEETS_ARE_DELETED_EVERY == 0:
+        moves[sheet_deleted] = 0.3
     moves[agent_starts] += 0.5
     moves[comes_on] += 0.2
     names, cumulative = list(moves), []

@@ -11,7 +11,7 @@ from tests.fault.search import episode, search
 pytestmark = pytest.mark.slow
 
 SEEDS = {
-    "skip read-back": 5_000_060,
+    "skip read-back": 5_000_000,
     "drop fencing": 5_000_000,
     "ignore hold": 5_000_000,
     "credit an expired hold": 5_000_000,

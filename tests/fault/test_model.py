@@ -32,7 +32,7 @@ def test_without_faults_every_order_of_events_keeps_the_limit(scene: str) -> Non
     assert result.states > 10
 
 
-LONG = {"skip the claim", "skip read-back", "trust a cap across a reboot"}
+LONG = {"skip read-back", "trust a cap across a reboot"}
 
 
 @pytest.mark.parametrize("bug", [bug for bug in WHERE if bug not in LONG])

@@ -34,6 +34,7 @@ from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
 from tokenfactory.kube.objects import ObjectRef
 from tokenfactory.kube.resources import Key
+from tokenfactory.planning.power.clock import look
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Leadership, Ledger, observe
 from tokenfactory.planning.power.publish import SheetPlan, plan_cuts, plan_sheets
@@ -62,7 +63,8 @@ class Composed:
 
 def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     world = see(snapshot)
-    grid = lay_out(world)
+    clock, other_wall = look(memory.clock, snapshot.wall, snapshot.milliseconds)
+    grid = lay_out(world, other_wall)
     ledger = _ledger(world, grid, memory.ledger)
     grid, ledger, watches = oversubscribe(world, grid, ledger, memory.watches)
     readings = read_meters(world, memory.readings)
@@ -122,6 +124,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         unread=snapshot.unread_factories,
         lessons=lessons,
         watches=watches,
+        clock=clock,
         ledger=ledger,
     )
     return Composed(plan, books, remembered)

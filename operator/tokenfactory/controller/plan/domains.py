@@ -44,9 +44,12 @@ class Grid:
         return now.limit_milliwatts if now else 0
 
 
-def lay_out(world: World) -> Grid:
+def lay_out(world: World, other_wall: datetime | None = None) -> Grid:
+    """`other_wall`: the time that counts as well after the wall clock has jumped."""
     wall = world.snapshot.wall
     now = tree.build(world.snapshot.domains.values(), wall)
+    if other_wall is not None and other_wall != wall:
+        now = tree.lower_of(now, tree.build(world.snapshot.domains.values(), other_wall))
     problems = {problem.subject: (problem.reason, problem.message) for problem in now.problems}
     if unreadable := world.snapshot.unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
@@ -109,13 +112,21 @@ def _strangers(host: GpuHost) -> bool:
     return any(gpu.pod and not gpu.pod_uid for gpu in gpus)
 
 
+def _was_capped(host: GpuHost) -> bool:
+    """The agent has had all GPUs at their caps once: a stranger who is being bound while the taint lands starts there
+    under these, and not at the default limit of a node that nobody has looked after yet.
+    """
+    status = host.held.status if host.held else None
+    return status is not None and (status.capped or bool(status.applied))
+
+
 def _facts(world: World, host: GpuHost) -> NodeFacts:
     taints = host.node.spec.taints if host.node else ()
     tainted = any(
         taint.key == names.MANAGED_TAINT and taint.effect in {"NoSchedule", "NoExecute"} for taint in taints
     )
     return NodeFacts(
-        guarded=tainted and not world.foreign.get(host.name) and not _strangers(host),
+        guarded=tainted and _was_capped(host) and not world.foreign.get(host.name) and not _strangers(host),
         nameplate_milliwatts=UNKNOWN_OVERHEAD_MILLIWATTS + host.gpu_count * 1_200_000,
         heard=host.silent_seconds is not None and not world.lost(host),
     )

@@ -16,6 +16,7 @@ from tokenfactory.controller.plan.shedding import Shedding
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
 from tokenfactory.planning.efficiency.verdict import Counter, Energy
+from tokenfactory.planning.power.clock import Clock
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.oversubscription import Watch
 from tokenfactory.planning.power.steps import Held
@@ -49,5 +50,7 @@ class Memory:
     lessons: Lessons = field(default_factory=Lessons)
     watches: Mapping[str, Watch] = field(default_factory=dict)
     """What oversubscribed domains drew of what they were charged."""
+    clock: Clock | None = None
+    """Where the wall clock stood: one that was set since must not end a window of a timetable."""
     ledger: Ledger | None = None
     """Of the last round: what has not changed since is not worked out again."""

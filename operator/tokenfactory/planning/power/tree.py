@@ -167,6 +167,17 @@ def build(domains: Iterable[PowerDomain], now: datetime) -> Tree:
     return Tree(found, tuple(problems), selectors)
 
 
+def lower_of(one: Tree, other: Tree) -> Tree:
+    """The same domains at two instants: of each, the lower limit."""
+    domains = {
+        name: min(
+            domain, other.domains[name], key=lambda each: (each.limit_milliwatts, each.usable_milliwatts)
+        )
+        for name, domain in one.domains.items()
+    }
+    return replace(one, domains=domains)
+
+
 def next_change(domains: Iterable[PowerDomain], now: datetime) -> datetime | None:
     """When a timetable next changes a limit."""
     changes = [timetable.next_change(d.spec.timetable, now) for d in domains]
