@@ -52,5 +52,22 @@ async def fresh(scene: Scene, mortal: Mortal, steps: tuple[Change, ...]) -> dict
     await emptied(scene)
     for step in steps:
         await step(scene)
-    await mortal.quiet()
+    await told(scene, mortal)
     return await outcome(scene)
+
+
+async def told(scene: Scene, mortal: Mortal) -> None:
+    """Until the operator has seen what there is now, and has nothing more to write about it."""
+
+    async def seen() -> bool:
+        found = [
+            *(await scene.site.get("pd"))["items"],
+            *(await scene.site.get("tf", namespace=scene.namespace))["items"],
+        ]
+        return all(
+            each.get("status", {}).get("observedGeneration") == each["metadata"]["generation"]
+            for each in found
+        )
+
+    await scene.until("the operator to have seen it all", seen)
+    await mortal.quiet()
