@@ -116,6 +116,21 @@ def test_the_factories_of_a_grant_share_its_watts_in_its_domain_and_others_do_no
     world.settle()
 
 
+def test_a_newcomer_is_charged_only_once_the_others_have_given_up_watts_for_it(world: SmallWorld):
+    world.apply(hall("a", "3.2kW"))
+    world.apply(factory("chat", replicas=1))
+    live(world, 60)
+    assert charged(world, "a", "inference") > 3_200_000 - 4 * 200_000
+    world.apply(factory("search", "research", replicas=1))
+    until = world.now + timedelta(seconds=60)
+    while world.now < until:
+        world.others()
+        world.operate()
+        spent = world.plan().books.spending
+        assert spent.charged[GRANT] <= spent.allotments[GRANT].milliwatts
+    assert serving(world, "inference") == serving(world, "research") == 1
+
+
 def test_a_replica_beyond_the_grant_waits_and_says_for_what(world: SmallWorld):
     world.apply(hall("a", "4kW"))
     world.apply(factory("chat", replicas=4))
@@ -148,13 +163,15 @@ def test_a_lowered_grant_cuts_only_those_who_pay_from_it(world: SmallWorld):
 
 def test_what_a_lost_node_may_still_draw_stays_on_the_grant(world: SmallWorld):
     """P4: its replica starts elsewhere, on what is left of the budget."""
-    world.apply(hall("a", "6kW"))
+    world.apply(hall("a", "8.2kW"))
     world.apply(factory("chat", replicas=2))
-    live(world, 120, budget=6_000_000)
+    live(world, 120, budget=8_200_000)
     host = next(pod.spec.node_name for pod in world.ready_pods())
     world.agents[host].alive = False
-    live(world, 120, budget=6_000_000)
-    assert charged(world, "a", "inference") <= 6_000_000
+    live(world, 120, budget=8_200_000)
+    alive = [pod for pod in world.ready_pods() if pod.spec.node_name != host]
+    assert len(alive) == 2, "what is left bears both, and they get it"
+    assert charged(world, "a", "inference") > 7_900_000
 
 
 def test_a_grant_that_not_even_the_minimum_fits_is_told_as_overdrawn(world: SmallWorld):
