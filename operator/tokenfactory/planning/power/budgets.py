@@ -89,6 +89,9 @@ def settle(
     # Where each begins alone its first price is rough: it is found again once the others have theirs.
     alone = not adders and len(purses) > 1
     for turn in range(2 * TURNS):
+        # A price may come out below nothing where others moved with it: nobody is paid for drawing watts.
+        for name in [name for name, adder in adders.items() if _pays_out(adder)]:
+            del adders[name]
         rough = alone and turn == 0
         may_fall = turn < TURNS
         # Those that chase each other come to rest once each leaves a little more of its purse than the last time.
@@ -248,6 +251,10 @@ def _aim_together(site: Site, adders: dict[str, Adder]) -> None:
 
     at = np.array([start[name].delay for name in names], dtype=np.float64)
     adders.update(delayed(_newton(site, names, delayed, at, np.full(len(names), float(NUDGE)))))
+
+
+def _pays_out(adder: Adder) -> bool:
+    return next((entry for entry in (*adder.price, adder.delay) if entry), 0) < 0
 
 
 def _live_stage(adder: Adder) -> int:

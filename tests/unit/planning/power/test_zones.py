@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.unit.planning.power import oracle, worlds
 
@@ -126,6 +126,7 @@ def test_the_best_split_on_many_random_sites(start):
 
 
 @given(st.integers(0, 10**9))
+@example(1382652)
 @settings(max_examples=max(EXAMPLES // 3, 10), deadline=None)
 def test_the_lowest_sheet_on_a_path_is_the_cap_also_where_a_grant_ends(seed):
     site = Site(seed, gpus=120, bands=(100, 10), round_prices=seed % 2 == 0)
