@@ -58,11 +58,20 @@ def _with_steady_replicas(step: Step) -> Step:
     its last entry goes, the API server makes it null, which is no map."""
     if step[0] != "apply":
         return step
-    spec = {name: part for name, part in json.loads(json.dumps(step[2])).items() if part != {}}
+    spec = _without_empty_maps(json.loads(json.dumps(step[2])))
     for model in spec["models"]:
         least = model.get("replicas", {}).get("min", 1)
         model["replicas"] = {"min": least, "max": least}
     return ("apply", step[1], spec)
+
+
+def _without_empty_maps(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_empty_maps(each) for each in value]
+    if isinstance(value, dict):
+        pruned = {name: _without_empty_maps(part) for name, part in value.items()}
+        return {name: part for name, part in pruned.items() if part != {}}
+    return value
 
 
 def last_specs(steps: Iterable[Step]) -> dict[str, Any]:
