@@ -52,15 +52,18 @@ class Measured:
 Guard = Mapping[str, Watched]
 
 
-def watch(guard: Guard, measured: Mapping[str, Measured], now: float) -> dict[str, Watched]:
+def watch(
+    guard: Guard, measured: Mapping[str, Measured], now: float, *, release: bool = True
+) -> dict[str, Watched]:
     """The guard's new state: what it withholds from each GPU's cap. A GPU that tells nothing gets nothing back."""
     seen_now = {
-        gpu: _watch_one(guard.get(gpu, Watched(quiet_since=now)), seen, now) for gpu, seen in measured.items()
+        gpu: _watch_one(guard.get(gpu, Watched(quiet_since=now)), seen, now, release=release)
+        for gpu, seen in measured.items()
     }
     return {**guard, **seen_now}
 
 
-def _watch_one(before: Watched, seen: Measured, now: float) -> Watched:
+def _watch_one(before: Watched, seen: Measured, now: float, *, release: bool) -> Watched:
     if now - seen.since < SETTLE_SECONDS:
         return before
     allowed = seen.enforced_milliwatts * (1000 + TOLERANCE_PERMILLE) // 1000 + SLACK_MILLIWATTS
@@ -71,7 +74,7 @@ def _watch_one(before: Watched, seen: Measured, now: float) -> Watched:
             return replace(before, strikes=0, quiet_since=now)  # there is nothing left to take
         overshoot = seen.draw_milliwatts - seen.enforced_milliwatts
         return Watched(before.withheld_milliwatts + overshoot, 0, now)
-    if before.withheld_milliwatts and now - before.quiet_since >= RELEASE_AFTER_SECONDS:
+    if release and before.withheld_milliwatts and now - before.quiet_since >= RELEASE_AFTER_SECONDS:
         return Watched(max(0, before.withheld_milliwatts - RELEASE_STEP_MILLIWATTS), 0, now)
     return replace(before, strikes=0) if before.strikes else before
 

@@ -49,7 +49,10 @@ class GpuGuard:
             if reading.power_milliwatts is not None and enforced is not None and held is not None:
                 least = held.limits.min_milliwatts if held.limits else 0
                 measured[gpu] = Measured(reading.power_milliwatts, enforced, least, held.since)
-        self.take(watch(state.guard, measured, self._clock.monotonic()), "draws more than its cap allows")
+        power = state.node_power
+        blind = bool(power.above) and power.draw_milliwatts is None  # nobody could see what giving back does
+        guard = watch(state.guard, measured, self._clock.monotonic(), release=not blind)
+        self.take(guard, "draws more than its cap allows")
 
     def take(self, guard: Guard, why: str) -> None:
         """What is withheld from now on; every change of it is told."""
@@ -135,9 +138,11 @@ class NodeGuard:
         node = self.state.node
         assert node is not None
         if self._learned is None:
-            self._learned = resume(node.status.overhead_milliwatts)
+            said = node.status
+            self._learned = resume(said.overhead_milliwatts, proven=said.overhead_proven)
         self._learned = learn(self._learned, sample, node.spec.overhead_milliwatts)
         self.state.node_power.overhead_milliwatts = self._learned.reported_milliwatts
+        self.state.node_power.overhead_proven = self._learned.proven
 
     def _strike(self, draw: int) -> None:
         power = self.state.node_power

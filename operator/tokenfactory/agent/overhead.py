@@ -59,10 +59,15 @@ class Learned:
     reported_milliwatts: int = 0
     window: tuple[Sample, ...] = ()
 
+    @property
+    def proven(self) -> bool:
+        """What is reported may save something: a figure told early, because more was drawn than charged, may not."""
+        return self.seasons >= SEASONED
 
-def resume(reported_milliwatts: int) -> Learned:
+
+def resume(reported_milliwatts: int, *, proven: bool) -> Learned:
     """After a restart: the own status of before is the memory."""
-    return Learned(highest_milliwatts=reported_milliwatts, reported_milliwatts=reported_milliwatts)
+    return Learned(reported_milliwatts, SEASONED if proven else 0, reported_milliwatts)
 
 
 def learn(before: Learned, sample: Sample, charged_milliwatts: int) -> Learned:

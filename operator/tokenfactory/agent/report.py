@@ -130,10 +130,12 @@ def status_of(
     if state.decision is None:
         # Nothing was read: what an earlier agent left behind still tells what this node may be drawing.
         before = state.node.status
-        return replace(before, mode="Degraded", capped=False, conditions=conditions, reported_at=wall)
+        return replace(
+            before, mode="Degraded", capped=False, draw_milliwatts=0, conditions=conditions, reported_at=wall
+        )
     gpus = tuple(_gpu(state, enforcer, gpu) for gpu in state.gpus)
     gone = _gone(state, identity)
-    draws = [it.power_milliwatts for it in state.readings.values() if it.power_milliwatts is not None]
+    overhead, proven = _overhead(state)
     now = clock.monotonic()
     return GPUNodeStatus(
         observed_generation=state.observed_generation,
@@ -147,8 +149,9 @@ def status_of(
         gpus=(*gpus, *gone),
         gpu_count=sum(enforcer.enforced(gpu.uuid) is not None for gpu in state.gpus),
         enforced_milliwatts=sum(gpu.enforced_milliwatts for gpu in (*gpus, *gone)),
-        draw_milliwatts=sum(draws),
-        overhead_milliwatts=_overhead(state),
+        draw_milliwatts=sum(_draw(state, gpu) for gpu in (*gpus, *gone)),
+        overhead_milliwatts=overhead,
+        overhead_proven=proven,
         meters=tuple(account.report(now) for account in meter.accounts.values()) if meter else (),
         reported_at=wall,
     )
@@ -168,11 +171,21 @@ def _gone(state: AgentState, identity: Identity) -> tuple[GPUStatus, ...]:
     )
 
 
-def _overhead(state: AgentState) -> int:
+def _draw(state: AgentState, gpu: GPUStatus) -> int:
+    """What a GPU draws; one that does not tell may draw all that its limit lets it."""
+    reading = state.readings.get(gpu.uuid)
+    told = reading.power_milliwatts if reading is not None else None
+    return gpu.enforced_milliwatts if told is None else told
+
+
+def _overhead(state: AgentState) -> tuple[int, bool]:
     """It never falls: what an earlier agent of this node has learned stands until its meter is taken out of use."""
     if not state.metered or state.node is None:
-        return 0
-    return state.node_power.overhead_milliwatts or state.node.status.overhead_milliwatts
+        return 0, False
+    power, before = state.node_power, state.node.status
+    if power.overhead_milliwatts:
+        return power.overhead_milliwatts, power.overhead_proven
+    return before.overhead_milliwatts, before.overhead_proven
 
 
 def _gpu(state: AgentState, enforcer: Enforcer, gpu: Gpu) -> GPUStatus:

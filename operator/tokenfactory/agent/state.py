@@ -23,6 +23,8 @@ class NodePower:
     problem: str = "its meter was not read yet"
     overhead_milliwatts: int = 0
     """Besides its GPUs, at most, with a margin; 0 until enough was seen."""
+    overhead_proven: bool = False
+    """Measured under load for so long that less than the worst case may be charged."""
     above: str = ""
     """Why the guard has cut this node's caps."""
     cuts: int = 0

@@ -234,6 +234,9 @@ class GPUNodeStatus(Api, frozen=True, kw_only=True):
     overhead_milliwatts: Annotated[
         MilliwattsField, Meta(description="Measured draw besides the GPUs, if known.")
     ] = 0
+    overhead_proven: Annotated[
+        bool, Meta(description="That was measured for an hour under load: less than the worst case counts.")
+    ] = False
     meters: Annotated[
         tuple[PodMeter, ...], Meta(max_length=64, description="What was counted for each pod.")
     ] = ()

@@ -25,6 +25,8 @@ from tokenfactory.checkpoints.manifest import (
 
 MARKER: Final = ".tokenfactory-restored"
 _PARTIAL: Final = ".partial-"
+_UNFINISHED: Final = ".partial-restore"
+"""Lies in a cache while a restore moves its files to their places: with it, whatever is there is half of one."""
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +71,16 @@ def capture(cache: Path, store: Path, identity: dict[str, str]) -> tuple[Path, M
 def restore(checkpoint: Path, digest: str, cache: Path, identity: dict[str, str]) -> Restored:
     """Bring a checkpoint into an empty cache, or say why the start will be cold. Never half of it.
 
-    A cache that is not empty is that of a container which restarted in its pod: it is left as it is.
+    A cache that is not empty is that of a container which restarted in its pod: it is left as it is, unless a restore
+    into it was interrupted. Then no model has seen it yet, and it is emptied and restored anew.
     """
     try:
+        if (cache / _UNFINISHED).exists():
+            _empty(cache)
         if (cache / MARKER).exists():
             return msgspec.json.decode((cache / MARKER).read_bytes(), type=Restored)
-        if any(not path.name.startswith(_PARTIAL) for path in cache.iterdir()):
+        collect_partials(cache)
+        if any(cache.iterdir()):
             return Restored(
                 cold_because="the model restarted in its pod, with the cache that it had made there"
             )
@@ -87,17 +93,37 @@ def restore(checkpoint: Path, digest: str, cache: Path, identity: dict[str, str]
                 return Restored(
                     cold_because="the copy differs from the checkpoint: the disk or the share is faulty"
                 )
-            for path in sorted(partial.iterdir()):
-                path.rename(cache / path.name)
+            restored = Restored(digest=digest, bytes=manifest.size_bytes)
+            _move_in(partial, cache, restored)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (ManifestError, msgspec.MsgspecError) as error:
         return Restored(cold_because=str(error))
     except OSError as error:
         return Restored(cold_because=f"{error.strerror or error}: {error.filename or checkpoint}")
-    restored = Restored(digest=digest, bytes=manifest.size_bytes)
-    (cache / MARKER).write_bytes(msgspec.json.encode(restored))
     return restored
+
+
+def _move_in(whole: Path, cache: Path, restored: Restored) -> None:
+    """Everything to its place in an empty cache, and then the marker; who dies on the way leaves word of it."""
+    (cache / _UNFINISHED).touch()
+    try:
+        for path in sorted(whole.iterdir()):
+            path.rename(cache / path.name)
+        (cache / MARKER).write_bytes(msgspec.json.encode(restored))
+    except OSError:
+        _empty(cache)
+        raise
+    (cache / _UNFINISHED).unlink()
+
+
+def _empty(cache: Path) -> None:
+    """The word that it is unfinished goes last."""
+    for path in sorted(cache.iterdir(), key=lambda path: path.name == _UNFINISHED):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def collect_partials(store: Path) -> int:

@@ -50,6 +50,19 @@ def test_a_limit_that_did_not_take_is_never_acknowledged_and_is_told() -> None:
     story(tell)
 
 
+def test_a_gpu_that_does_not_tell_its_draw_counts_at_all_that_it_may_draw() -> None:
+    """Charges may exceed a limit by what is measured: nothing that is not measured may pass for nothing."""
+
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", *range(8)),))
+        await node.settle()
+        await node.until(lambda: node.api.status.draw_milliwatts == 8 * 400_000, within=60)
+        node.nvml.gpus["GPU-2"].failure = FailureKind.UNKNOWN
+        await node.until(lambda: node.api.status.draw_milliwatts == 7 * 400_000 + DEFAULT, within=60)
+
+    story(tell)
+
+
 def test_a_call_that_hangs_holds_up_only_its_own_gpu() -> None:
     async def tell(node: Node) -> None:
         node.api.grant(pods=(node.use("a", *range(8)),))

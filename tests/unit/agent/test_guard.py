@@ -168,6 +168,7 @@ def test_once_it_is_charged_what_it_draws_the_caps_come_back() -> None:
         await node.until(lambda: condition(node) == ("False", "AboveCharge"), within=60)
         told = with_margin(2_000_000)
         await node.until(lambda: node.api.status.overhead_milliwatts == told, within=400)
+        assert not node.api.status.overhead_proven
         spec = node.api.object.spec
         node.api.grant(path=spec.path, pods=spec.pods, overhead_milliwatts=told)
         await node.until(lambda: node.limits() == [600_000] * 8, within=3_000)
@@ -217,6 +218,21 @@ def test_a_meter_that_fails_or_lies_moves_no_cap_and_is_told(problem: str) -> No
     story(tell, rest=900_000, charged=1_000_000)
 
 
+def test_nothing_is_given_back_while_nobody_measures_the_node() -> None:
+    async def tell(node: Node) -> None:
+        busy(node)
+        await node.until(lambda: condition(node) == ("False", "AboveCharge"), within=60)
+        await node.until(lambda: sum(node.limits()) <= 8 * 600_000 - 1_000_000, within=40)
+        cut = node.limits()
+        node.meter.problem = "no answer within 5 s"
+        await asyncio.sleep(1_000)
+        assert node.limits() == cut
+        node.meter.problem, node.meter.rest = "", 900_000
+        await node.until(lambda: node.limits() == [600_000] * 8, within=3_000)
+
+    story(tell, rest=2_000_000, charged=1_000_000)
+
+
 def test_a_gpu_that_nobody_can_read_is_no_overhead() -> None:
     async def tell(node: Node) -> None:
         await node.kill()
@@ -240,12 +256,14 @@ def test_what_was_learned_outlives_the_agent_and_never_falls() -> None:
         await asyncio.sleep(SAMPLES * SEASONED * 10.0)
         assert node.api.status.overhead_milliwatts == 0
         await node.until(lambda: node.api.status.overhead_milliwatts == told, within=1_000)
+        assert node.api.status.overhead_proven
         await node.kill()
         node.meter.rest = 300_000
         node.start()
         for _ in range(3):
             await asyncio.sleep(SAMPLES * 10.0)
             assert node.api.status.overhead_milliwatts == told
+            assert node.api.status.overhead_proven
         await node.stop()
         assert node.meter.closed
 

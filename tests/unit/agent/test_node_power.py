@@ -274,7 +274,9 @@ def test_a_quiet_node_saves_nothing_however_long_it_is_watched():
 def test_after_an_hour_under_load_it_is_told_with_a_margin():
     almost = taught(Learned(), [sample(2_000_000)] * (SAMPLES * SEASONED - 1))
     assert almost.reported_milliwatts == 0
+    assert not almost.proven
     learned = taught(almost, [sample(2_000_000)])
+    assert learned.proven
     assert learned.reported_milliwatts == 2_250_000
     assert taught(learned, [sample(1_000_000)] * SAMPLES * 5).reported_milliwatts == 2_250_000
 
@@ -282,10 +284,13 @@ def test_after_an_hour_under_load_it_is_told_with_a_margin():
 def test_more_than_is_charged_is_told_after_five_minutes():
     learned = taught(Learned(), [sample(1_000_000, QUIET)] * SAMPLES, charged=800_000)
     assert learned.reported_milliwatts == with_margin(1_000_000)
+    assert not taught(learned, [sample(1_000_000, QUIET)] * SAMPLES * SEASONED).proven, "not under load"
 
 
-def test_a_restart_forgets_nothing():
-    assert taught(resume(2_250_000), [sample(500_000)] * SAMPLES * 3).reported_milliwatts == 2_250_000
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_restart_forgets_nothing(proven):
+    learned = taught(resume(2_250_000, proven=proven), [sample(500_000)] * SAMPLES * 3)
+    assert (learned.reported_milliwatts, learned.proven) == (2_250_000, proven)
 
 
 @given(

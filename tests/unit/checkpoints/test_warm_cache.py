@@ -1,5 +1,6 @@
 """A saved model cache comes back byte for byte with its times, or the start is honestly cold."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -107,6 +108,33 @@ def test_a_container_that_restarts_in_its_pod_finds_the_cache_as_it_left_it(cach
     assert warm_cache.restore(where, manifest.digest, new, IDENTITY) == first
     assert first.warm
     assert (new / "compiled-since").exists()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("end", [SystemExit("killed"), OSError(5, "I/O error")])
+def test_half_a_restore_is_never_taken_for_a_cache(cache: Path, tmp_path: Path, monkeypatch, after, end):
+    where, manifest = warm_cache.capture(cache, tmp_path / "store", IDENTITY)
+    tops = sorted(path.name for path in (where / DATA_FOLDER).iterdir())
+    assert len(tops) == 3
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / ".partial-old").mkdir()  # of a restore that died while it was copying
+    rename, moved = Path.rename, []
+
+    def dies(path: Path, target: Path) -> Path:
+        if len(moved) == after:
+            raise end
+        moved.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+        patched.setattr(Path, "rename", dies)
+        if after == len(tops):
+            patched.setattr(Path, "write_bytes", lambda *_: dies(new, new))
+        assert not warm_cache.restore(where, manifest.digest, new, IDENTITY).warm
+        assert list(new.iterdir()) == [], "nothing of it is left to a cold start"
+    assert warm_cache.restore(where, manifest.digest, new, IDENTITY).warm
+    assert sorted(path.name for path in new.iterdir()) == sorted([*tops, warm_cache.MARKER])
 
 
 def test_a_cache_that_a_cold_start_has_made_is_not_restored_over(cache: Path, tmp_path: Path):

@@ -60,6 +60,7 @@ class Agent:
     heard_at: datetime = START
     overhead_milliwatts: int = 0
     """What its meter has taught it."""
+    overhead_proven: bool = False
     load_permille: int = 0
     """What its GPUs draw of their limits."""
 
@@ -426,6 +427,7 @@ class SmallWorld:
             ),
             gpus=tuple(_gpu_status(agent, index, holding, enforced) for index in range(agent.gpus)),
             overhead_milliwatts=agent.overhead_milliwatts,
+            overhead_proven=agent.overhead_proven,
             meters=self.meters(agent, holding),
         )
         if status != node.status:

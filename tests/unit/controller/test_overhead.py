@@ -19,9 +19,10 @@ def charged(world: SmallWorld) -> int:
     return world.objects[GPUNode]["", "a0"].spec.overhead_milliwatts
 
 
-def measure(world: SmallWorld, milliwatts: int) -> None:
+def measure(world: SmallWorld, milliwatts: int, *, proven: bool = True) -> None:
     """The node's agent reports it from now on."""
     world.agents["a0"].overhead_milliwatts = milliwatts
+    world.agents["a0"].overhead_proven = proven
     world.settle()
 
 
@@ -55,6 +56,17 @@ def test_a_persons_word_stands_until_more_is_measured(measured, charge):
     assert charged(world) == SAID
     measure(world, measured)
     assert charged(world) == charge
+
+
+def test_what_was_told_early_saves_nothing_once_no_person_says_anything_any_more():
+    world = site(", nodeOverhead: 1kW")
+    measure(world, 1_400_000, proven=False)
+    assert charged(world) == 1_400_000
+    world.apply(HALL % "")
+    world.settle()
+    assert charged(world) == WORST
+    measure(world, 1_400_000)
+    assert charged(world) == max(1_400_000, WORST // 2)
 
 
 def test_a_node_that_turns_out_to_draw_more_pushes_the_caps_down_and_no_limit_is_passed():

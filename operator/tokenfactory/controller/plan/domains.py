@@ -92,9 +92,11 @@ def _path(now: tree.Tree, host: GpuHost, problems: dict[str, tuple[str, str]]) -
 def _overhead(world: World, host: GpuHost, path: tuple[str, ...]) -> int:
     """What a person says for the deepest domain, else the catalogue's worst case; a measurement above it counts at once.
 
-    Below the catalogue it saves at most half: a meter that is wrong must not cost more than that.
+    Below the catalogue it saves at most half, and nothing before it was measured under load: a meter that is wrong must
+    not cost more than that, nor a figure told early because the node drew more than a person had said.
     """
     measured = host.held.status.overhead_milliwatts if host.held else 0
+    proven = host.held is not None and host.held.status.overhead_proven
     for name in reversed(path):
         domain = world.snapshot.domains.get(("", name))
         if domain is not None and domain.spec.node_overhead is not None:
@@ -103,7 +105,7 @@ def _overhead(world: World, host: GpuHost, path: tuple[str, ...]) -> int:
     most = max((gpu.max_milliwatts for gpu in gpus), default=0)
     worst = catalogue.overhead(host.product, host.gpu_count, maximum_milliwatts=most).milliwatts
     worst = worst or UNKNOWN_OVERHEAD_MILLIWATTS
-    return max(measured, worst // 2) if measured else worst
+    return max(measured, worst // 2 if measured and proven else worst)
 
 
 def _strangers(host: GpuHost) -> bool:
