@@ -26,6 +26,8 @@ NODE_TOLERANCE_PERMILLE: Final = 30
 NODE_SLACK_MILLIWATTS: Final = 50_000
 NODE_SETTLE_SECONDS: Final = 15.0
 """BMCs average over several seconds and answer late."""
+NODE_PATIENCE_SECONDS: Final = 60.0
+"""Limits that change all the time never settle: judged then all the same."""
 RELEASE_AFTER_SECONDS: Final = 300.0
 RELEASE_STEP_MILLIWATTS: Final = 25_000
 

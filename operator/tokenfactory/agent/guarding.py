@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from tokenfactory.agent.enforce import Enforcer
 from tokenfactory.agent.guard import (
+    NODE_PATIENCE_SECONDS,
+    NODE_SETTLE_SECONDS,
     Guard,
     Measured,
     NodeMeasured,
@@ -85,7 +87,12 @@ class NodeGuard:
     wake: Callable[[], None]
     _learned: Learned | None = None
     _strikes: int = 0
+    _settled_at: float = 0.0
+    """When limits had last been still for long enough to judge by, or were last taken back."""
     _said: NodePower = field(default_factory=NodePower)
+
+    def __post_init__(self) -> None:
+        self._settled_at = self.clock.monotonic()
 
     async def round(self) -> None:
         """One reading, between two of the GPUs."""
@@ -150,12 +157,12 @@ class NodeGuard:
         allowed = self._allowed()
         if allowed is None:
             return
-        since = max((held.since for held in self.enforcer.held.values()), default=0.0)
-        seen = NodeMeasured(draw, allowed, since)
         now = self.clock.monotonic()
+        seen = NodeMeasured(draw, allowed, self._since(now))
         self._strikes, excess = watch_node(self._strikes, seen, now)
         if excess:
             power.cuts += 1
+            self._settled_at = now
             power.above = (
                 f"{draw} mW were measured, {allowed} mW are allowed by its caps and charged overhead"
             )
@@ -164,6 +171,13 @@ class NodeGuard:
             self.gpus.take(guard, "the node draws more than its caps and charged overhead allow")
         elif power.above and not is_above(seen) and not self._withheld():
             power.above = ""
+
+    def _since(self, now: float) -> float:
+        """Since when the draw can be judged by: the last change of a limit, but not put off for ever."""
+        changed = max((held.since for held in self.enforcer.held.values()), default=0.0)
+        if now - changed >= NODE_SETTLE_SECONDS:
+            self._settled_at = now
+        return changed if now - self._settled_at < NODE_PATIENCE_SECONDS else self._settled_at
 
     def _allowed(self) -> int | None:
         """What the node is charged for as its agent knows it; None while it does not know."""

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.agent.hollow import Node
+from tests.unit.agent.hollow import CHAT, Node
 from tests.unit.agent.virtual import run
 
 from tokenfactory.agent.guard import (
@@ -214,6 +214,29 @@ def test_a_meter_that_fails_or_lies_moves_no_cap_and_is_told(problem: str) -> No
         assert node.agent.state.node_power.failures >= 60
         node.meter.problem, node.meter.says = "", None
         await node.until(lambda: condition(node) == ("True", "WithinCharge"))
+
+    story(tell, rest=900_000, charged=1_000_000)
+
+
+def test_sheets_that_change_all_the_time_do_not_put_it_off() -> None:
+    async def tell(node: Node) -> None:
+        busy(node)
+        await node.until(lambda: condition(node) == ("True", "WithinCharge"))
+        node.meter.rest = 2_000_000
+
+        async def restless() -> None:
+            for epoch in range(2, 1_000):
+                cap = 600_000 - epoch % 2 * 20_000
+                node.api.publish("rack", epoch, {CHAT: (cap, 200_000)}, hold=86_400_000)
+                await asyncio.sleep(7)
+
+        changes = asyncio.create_task(restless())
+        await node.until(lambda: condition(node) == ("False", "AboveCharge"), within=120)
+        await node.until(lambda: sum(node.limits()) <= 8 * 600_000 - 900_000, within=20)
+        cuts = node.agent.state.node_power.cuts
+        await asyncio.sleep(200)
+        assert node.agent.state.node_power.cuts == cuts, "once it draws what it may, nothing more is taken"
+        changes.cancel()
 
     story(tell, rest=900_000, charged=1_000_000)
 

@@ -23,6 +23,8 @@ class Clock:
     wall: datetime
     milliseconds: int
     doubted_since: int | None = None
+    doubted_seconds: float = 0.0
+    """By how much the wall clock was off since then: another jump is another doubt."""
 
     def expected(self, milliseconds: int) -> datetime:
         """What the wall clock would show now if nobody had set it."""
@@ -35,9 +37,11 @@ def look(clock: Clock | None, wall: datetime, milliseconds: int) -> tuple[Clock,
     if clock is None:
         return now, wall
     other = clock.expected(milliseconds)
-    if abs((wall - other).total_seconds()) <= JUMP_SECONDS:
+    off = (wall - other).total_seconds()
+    if abs(off) <= JUMP_SECONDS:
         return now, wall
-    since = milliseconds if clock.doubted_since is None else clock.doubted_since
-    if milliseconds - since >= BELIEVED_AFTER_MILLISECONDS:
+    if clock.doubted_since is None or abs(off - clock.doubted_seconds) > JUMP_SECONDS:
+        return replace(clock, doubted_since=milliseconds, doubted_seconds=off), other
+    if milliseconds - clock.doubted_since >= BELIEVED_AFTER_MILLISECONDS:
         return now, wall
-    return replace(clock, doubted_since=since), other
+    return clock, other

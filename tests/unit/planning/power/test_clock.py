@@ -21,9 +21,24 @@ def test_after_a_jump_the_time_without_it_counts_as_well_until_the_new_one_was_m
         clock, other = look(clock, NOON + passed + jump, milliseconds)
         assert other == NOON + passed
     later = 1_000 + BELIEVED_AFTER_MILLISECONDS
-    clock, other = look(clock, NOON + jump, later)
-    assert other == NOON + jump
+    meant = NOON + jump + timedelta(milliseconds=later)
+    clock, other = look(clock, meant, later)
+    assert other == meant
     assert clock.doubted_since is None
+
+
+def test_a_second_jump_is_not_believed_for_the_first_ones_age() -> None:
+    clock, _ = look(None, NOON, 0)
+    clock, _ = look(clock, NOON + timedelta(seconds=21), 1_000)
+    second = BELIEVED_AFTER_MILLISECONDS - 1_000
+    clock, _ = look(clock, NOON + timedelta(hours=3, milliseconds=second), second)
+    for milliseconds in (second + 5_000, second + BELIEVED_AFTER_MILLISECONDS - 1):
+        passed = timedelta(milliseconds=milliseconds)
+        clock, other = look(clock, NOON + timedelta(hours=3) + passed, milliseconds)
+        assert other == NOON + passed
+    milliseconds = second + BELIEVED_AFTER_MILLISECONDS
+    meant = NOON + timedelta(hours=3, milliseconds=milliseconds)
+    assert look(clock, meant, milliseconds)[1] == meant
 
 
 def test_a_clock_that_is_corrected_while_it_runs_is_followed() -> None:
