@@ -25,6 +25,7 @@ from tokenfactory.checkpoints.keeper import Saved
 from tokenfactory.checkpoints.warm_cache import Restored
 from tokenfactory.controller.actions import Plan
 from tokenfactory.controller.actor import Actor
+from tokenfactory.controller.barring import Barring
 from tokenfactory.controller.collector import CheckpointCollector
 from tokenfactory.controller.compose import Options, compose
 from tokenfactory.controller.cutting import Cutter
@@ -206,9 +207,10 @@ class _Planner:
         self._metrics = metrics
         self._cutter = cutter
         self._memory = Memory()
+        self._compose = Barring(lambda snapshot: compose(snapshot, self._options, self._memory))
 
     def __call__(self, snapshot: Snapshot) -> Plan:
-        composed = compose(snapshot, self._options, self._memory)
+        composed = self._compose(snapshot)
         self._memory = composed.memory
         self._cutter.planned(composed)
         self._metrics.show(composed)

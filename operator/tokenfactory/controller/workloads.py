@@ -156,6 +156,13 @@ def service(factory: TokenFactory, model: ModelSpec) -> Object:
     return _owned("v1", "Service", workload_name(factory, model), factory, model, spec)
 
 
+def restarts_through_gate(held: Deployment) -> bool:
+    """Does it ask for `THROUGH_THE_GATE`?"""
+    template = held.spec.get("template") or {}
+    containers = (template.get("spec") or {}).get("containers") or ()
+    return any(container.get("restartPolicyRules") for container in containers)
+
+
 def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
     """Does the object say all that we want of it, and was it last applied with just that?
 

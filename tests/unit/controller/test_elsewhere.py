@@ -100,6 +100,17 @@ def test_when_every_node_is_refused_people_are_told_and_later_it_is_tried_again(
     assert len(world.ready_pods()) == 2
 
 
+def test_what_no_node_can_give_is_tried_ever_more_seldom():
+    """Each try is a pod, charges and new sheets for everybody."""
+    world = site(20)
+    world.refusing = dict.fromkeys(world.agents, "persistentvolumeclaim model-cache not found")
+    for _ in range(250):
+        world.others()
+        world.operate()
+    replaced = sum(isinstance(each, act.DeletePod) for each in world.writes)
+    assert 4 <= replaced <= 12, "in eight minutes, of two replicas"
+
+
 # --- what a node has to give
 
 
@@ -180,6 +191,28 @@ def test_a_node_that_keeps_failing_gets_no_new_work_until_a_person_clears_it():
     )
     world.settle()
     assert world.objects[GPUNode]["", bad].spec.quarantine is None, "what it did before was looked at"
+
+
+HASTY = SITE.replace("quarantineAfter: 2", "detectAfter: %s, quarantineAfter: 1")
+
+
+def test_a_hasty_factory_takes_no_node_from_others_by_a_late_heartbeat():
+    world = site(2)
+    world.apply(HASTY % "1s")
+    for _ in range(20):
+        world.others()
+        world.operate()
+    assert world.objects[TokenFactory]["inference", "chat"].status.incidents, "it looked lost to this factory"
+    assert not [node for node in world.objects[GPUNode].values() if node.spec.quarantine]
+
+
+def test_a_node_that_stays_silent_fails_for_a_hasty_factory_too():
+    world = site(8)
+    world.apply(HASTY % "5s")
+    world.settle()
+    bad = min(where(world))
+    lose(world, bad)
+    assert world.objects[GPUNode]["", bad].spec.quarantine is not None
 
 
 def test_replicas_lost_together_are_one_failure_and_a_silence_that_ended_is_none():

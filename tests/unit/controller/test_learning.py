@@ -12,6 +12,7 @@ from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.plan.bidding import model_hull
 from tokenfactory.controller.plan.memory import Memory
+from tokenfactory.controller.plan.profiles import profile_of
 from tokenfactory.controller.plan.world import see
 from tokenfactory.kube.objects import Pod
 
@@ -166,6 +167,31 @@ def test_a_persons_profile_keeps_its_spec_and_learns_in_its_status(world: SmallW
     assert profile(world).spec == spec
     assert profile(world).status.learned
     assert names.LEARNED_LABEL not in profile(world).metadata.labels
+
+
+def test_a_model_that_names_a_profile_which_is_not_there_has_what_was_learned_written_once(world: SmallWorld):
+    world.apply(FACTORY.replace("gpusPerReplica", "powerProfile: no-such-profile, gpusPerReplica"))
+    world.meters = Serving(world)
+    assert [type(each).__name__ for each in live(world, 20)] == ["RecordProfile"]
+
+
+def test_replicas_of_another_size_have_a_learned_profile_of_their_own(walked: SmallWorld):
+    world = walked.fork()
+    made = profile(world)
+    model = world.snapshot().factories["inference", "chat"].spec.models[0]
+    wider = msgspec.structs.replace(model, gpus_per_replica=8)
+    assert profile_of(see(world.snapshot()), model, H100) == made
+    assert profile_of(see(world.snapshot()), wider, H100) is None
+
+
+@pytest.mark.parametrize("said", ["yesterday", "2026-11-21T12:00:00"])
+def test_a_time_that_is_none_in_a_status_stops_no_plan(walked: SmallWorld, said: str):
+    world = walked.fork()
+    told = profile(world)
+    status = msgspec.structs.replace(told.status, updated_at=said, confidence="0.1")
+    world.put(msgspec.structs.replace(told, status=status))
+    live(world, 5)
+    assert profile(world).status.updated_at != said
 
 
 def test_a_restarted_operator_recalls_what_it_wrote(walked: SmallWorld):

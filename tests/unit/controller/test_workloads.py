@@ -7,9 +7,10 @@ from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.actions import ApplyWorkload
-from tokenfactory.controller.compose import compose
+from tokenfactory.controller.compose import Composed, compose
 from tokenfactory.controller.objects import Deployment
 from tokenfactory.controller.plan.memory import Memory
+from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.controller.workloads import (
     RESTART_FEATURE,
     WorkloadOptions,
@@ -17,7 +18,7 @@ from tokenfactory.controller.workloads import (
     group_name,
     leader_worker_set,
 )
-from tokenfactory.kube.objects import Node
+from tokenfactory.kube.objects import KubeCondition, Node
 
 OPTIONS = WorkloadOptions(image="tokenfactory:test")
 SITE = """
@@ -158,7 +159,69 @@ def test_the_rule_waits_until_every_kubelet_can_follow_it():
     assert rules() == {True}
 
 
-def declare(world: SmallWorld, name: str) -> None:
+class Ruling(SmallWorld):
+    """Its API server knows the rule for restarts."""
+
+    def plan_of(self, snapshot: Snapshot) -> Composed:
+        options = msgspec.structs.replace(OPTIONS, restart_through_gate=self.knows)
+        return compose(snapshot, msgspec.structs.replace(PLAN_OPTIONS, workloads=options), self.memory)
+
+    knows = True
+
+    def ruled(self) -> bool:
+        (made,) = self.objects[Deployment].values()
+        return "restartPolicyRules" in made.spec["template"]["spec"]["containers"][0]
+
+
+def not_ready(world: SmallWorld, name: str) -> None:
     node = world.objects[Node]["", name]
-    status = msgspec.structs.replace(node.status, declared_features=(RESTART_FEATURE,))
+    down = KubeCondition(type="Ready", status="False")
+    world.put(msgspec.structs.replace(node, status=msgspec.structs.replace(node.status, conditions=(down,))))
+
+
+@pytest.mark.parametrize("ruled", [True, False])
+def test_nodes_that_come_and_go_start_no_model_anew(ruled: bool):
+    world = Ruling()
+    world.apply(SITE)
+    for name in ("new", "old"):
+        world.add_node(name)
+        declare(world, name, able=ruled or name == "new")
+    world.settle()
+    pods = {pod.metadata.uid for pod in world.ready_pods()}
+    assert pods
+    assert world.ruled() is ruled
+    if ruled:
+        world.add_node("older")
+        declare(world, "older", able=False)
+    else:
+        not_ready(world, "old")
+    world.settle()
+    world.knows = not ruled
+    world.settle()
+    assert {pod.metadata.uid for pod in world.ready_pods()} == pods
+    world.knows = True
+    world.apply(SITE.replace(":1.8.0", ":1.9.0"))
+    declare(world, "old")
+    world.objects[Node].pop(("", "older"), None)
+    world.agents.pop("older", None)
+    world.settle()
+    assert world.ruled(), "with its next change it is as it would be made now"
+
+
+def test_the_rule_goes_where_no_kubelet_can_follow_it():
+    world = Ruling()
+    world.apply(SITE)
+    world.others()
+    world.operate()
+    assert world.ruled(), "nothing speaks against it yet"
+    world.add_node("old")
+    declare(world, "old", able=False)
+    world.settle()
+    assert not world.ruled()
+    assert world.ready_pods()
+
+
+def declare(world: SmallWorld, name: str, *, able: bool = True) -> None:
+    node = world.objects[Node]["", name]
+    status = msgspec.structs.replace(node.status, declared_features=(RESTART_FEATURE,) if able else ())
     world.put(msgspec.structs.replace(node, status=status))

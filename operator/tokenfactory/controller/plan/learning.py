@@ -154,6 +154,8 @@ def _tell(world: World, subject: Subject, replica: Replica, lesson: Lesson) -> I
     profile = profile_of(world, replica.model, subject[1])
     learned = _as_points(_at_load(known, max(1, round(lesson.concurrency))))
     if profile is None:
+        if ("", profile_name(subject)) in world.snapshot.profiles:
+            return  # made before, and the model names another one, which is not there
         high = gpu_range(world)[subject[1]][1]
         given = given_points(None, replica.model, subject[1], high)
         yield RecordProfile(
@@ -187,10 +189,7 @@ def _is_news(profile: PowerProfile, known: tuple[Point, ...], confidence: float,
     status: PowerProfileStatus = profile.status
     if not status.learned:
         return True
-    if (
-        status.updated_at
-        and (wall - datetime.fromisoformat(status.updated_at)).total_seconds() < LEAST_SECONDS
-    ):
+    if _seconds_since(status.updated_at, wall) < LEAST_SECONDS:
         return False
     before = confidence_of(profile)
     if (before >= SURE_ENOUGH) != (confidence >= SURE_ENOUGH) or abs(confidence - before) >= SURER:
@@ -201,6 +200,14 @@ def _is_news(profile: PowerProfile, known: tuple[Point, ...], confidence: float,
         or abs(point.tokens_per_second - told[point.milliwatts]) > NEWS * told[point.milliwatts]
         for point in known
     )
+
+
+def _seconds_since(said: str, wall: datetime) -> float:
+    """For ever, where the text is no time: the API server does not look at what is in it."""
+    try:
+        return (wall - datetime.fromisoformat(said)).total_seconds()
+    except (ValueError, TypeError):
+        return math.inf
 
 
 def _at_load(points: tuple[Point, ...], concurrency: int) -> Iterable[Point]:

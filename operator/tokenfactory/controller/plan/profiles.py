@@ -36,6 +36,8 @@ def profile_of(world: World, model: ModelSpec, product: str) -> PowerProfile | N
         (is_learned(profile), name, profile)
         for (_, name), profile in world.snapshot.profiles.items()
         if profile.spec.gpu_product in {product, product.replace(" ", "-")}
+        # What was learned of replicas of one size says nothing of others: two would overwrite each other for ever.
+        and (not is_learned(profile) or profile.spec.gpus_per_replica == model.gpus_per_replica)
         and (model.power_profile == name if model.power_profile else profile.spec.model in called)
     ]
     return min(fitting, key=lambda each: each[:2])[2] if fitting else None

@@ -1,7 +1,9 @@
 """Nodes that keep failing get no new work until a person has looked at them.
 
 A failure counts in the round that opens its incident, so that a node whose quarantine a person has ended is not taken
-back for what it did before: it takes another failure.
+back for what it did before: it takes another failure. A factory may call a node lost after less silence than an agent
+needs between two heartbeats: that is its own affair, and takes the node from nobody else. There the node counts as
+failed once it has been silent for as long as everybody waits.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from tokenfactory.api.gpu_node import Quarantine
 from tokenfactory.api.token_factory import Incident
 from tokenfactory.controller.plan.status import rfc3339
-from tokenfactory.controller.plan.world import World
+from tokenfactory.controller.plan.world import DEFAULT_DETECT_SECONDS, World
 from tokenfactory.planning.recovery.incidents import failures, is_storm
 
 
@@ -24,13 +26,17 @@ def repeat_offenders(world: World) -> Mapping[str, Quarantine]:
         after = world.detect_seconds(factory)
         if is_storm(world.fleet_nodes, world.lost_nodes(after)):
             continue
-        known = {incident.id for incident in factory.status.incidents}
+        hasty = after < DEFAULT_DETECT_SECONDS
+        phases = {incident.id: incident.phase for incident in factory.status.incidents}
         for replica in world.replicas_of(factory):
             host = world.hosts.get(replica.node)
-            fresh = host is not None and not replica.finished and replica.uid not in known
-            if host is None or not fresh or not world.lost(host, after):
+            phase = phases.get(replica.uid)
+            fresh = phase not in {None, "Closed"} if hasty else phase is None
+            if host is None or replica.finished or not fresh:
                 continue
-            times = failures(history.get(host.name, ())) + 1
+            if not world.lost(host, max(after, DEFAULT_DETECT_SECONDS)):
+                continue
+            times = failures(history.get(host.name, ())) + (phase is None)
             if times >= factory.spec.recovery.quarantine_after:
                 words = (
                     f"lost {times} times with replicas on it, the last of {factory.metadata.namespace}/"

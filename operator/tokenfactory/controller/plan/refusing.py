@@ -19,6 +19,9 @@ Slot = tuple[Key, str]
 """(factory, model)."""
 PATIENCE_MILLISECONDS: Final = 10_000
 """A pod that ended there a moment ago may still hold its GPUs for kube-scheduler."""
+MOST_PATIENCE_MILLISECONDS: Final = 160_000
+"""Twice as long for each node that has refused the model lately: what no node can give (a volume that is not there)
+must not make a new pod, new charges and new sheets every few seconds for ever."""
 REMEMBERED_MILLISECONDS: Final = 600_000
 
 
@@ -46,12 +49,17 @@ def refusals(world: World, before: Refusals) -> tuple[Refusals, list[Action]]:
         if why is None or node is None:
             continue
         since[replica.uid] = before.since.get(replica.uid, now)
-        if now - since[replica.uid] < PATIENCE_MILLISECONDS:
+        slot = (key_of(replica.factory), replica.model.name)
+        if now - since[replica.uid] < _patience(len(before.nodes(slot))):
             continue
-        until[(key_of(replica.factory), replica.model.name), node] = now + REMEMBERED_MILLISECONDS
+        until[slot, node] = now + REMEMBERED_MILLISECONDS
         reason = f"kube-scheduler does not bind it to {node}, so it is placed anew elsewhere: {why}"
         actions.append(DeletePod(replica.pod, reason[:1024]))
     return Refusals(since, until), actions
+
+
+def _patience(refusing_nodes: int) -> int:
+    return min(PATIENCE_MILLISECONDS << min(refusing_nodes, 10), MOST_PATIENCE_MILLISECONDS)
 
 
 def refused(replica: Replica) -> str | None:

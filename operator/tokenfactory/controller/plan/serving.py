@@ -7,16 +7,18 @@ import msgspec
 from tokenfactory.api import names
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.actions import Action, ApplyWorkload, DeleteWorkload
-from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service, says
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import (
     RESTART_FEATURE,
+    Object,
     WorkloadOptions,
     deployment,
     group_name,
     is_as,
     leader_worker_set,
+    restarts_through_gate,
     service,
     workload_name,
 )
@@ -55,7 +57,7 @@ def _for_these_nodes(world: World, options: WorkloadOptions) -> WorkloadOptions:
     able = all(
         RESTART_FEATURE in host.node.status.declared_features
         for host in world.hosts.values()
-        if host.node is not None and host.node_ready
+        if host.node is not None
     )
     if able or not options.restart_through_gate:
         return options
@@ -83,11 +85,12 @@ def _keep(
         return []
     actions: list[Action] = []
     (kind, key), (_, front_key) = _slots(factory, model)
-    make = leader_worker_set if kind is LeaderWorkerSet else deployment
-    wanted = make(factory, model, count, options)
     held: Workload | None = world.snapshot.deployments.get(key)
     if kind is LeaderWorkerSet:
         held = (world.snapshot.leader_worker_sets or {}).get(key)
+        wanted = leader_worker_set(factory, model, count, options)
+    else:
+        wanted = _deployment(world, held, factory, model, count, options)
     if held is None or not is_as(held, wanted):
         reason = (
             f"{count} replicas of {model.name}"
@@ -100,6 +103,39 @@ def _keep(
     if held_service is None or not is_as(held_service, front):
         actions.append(ApplyWorkload(Service, front_key, front, f"an address for {model.name}"))
     return actions
+
+
+def _deployment(
+    world: World,
+    held: Workload | None,
+    factory: TokenFactory,
+    model: ModelSpec,
+    count: int,
+    options: WorkloadOptions,
+) -> Object:
+    """With or without the rule for restarts as it is, while nothing else of its pods changes.
+
+    A node that joins, leaves or has another kubelet is no reason to start all models anew. Only where no kubelet at
+    all can follow the rule it goes: such pods run nowhere.
+    """
+    wanted = deployment(factory, model, count, options)
+    if not isinstance(held, Deployment):
+        return wanted
+    ruled = restarts_through_gate(held)
+    if ruled == options.restart_through_gate or (ruled and not _somewhere(world)):
+        return wanted
+    as_it_is = msgspec.structs.replace(options, restart_through_gate=ruled)
+    kept = deployment(factory, model, count, as_it_is)
+    return kept if says(held.spec.get("template"), kept["spec"]["template"]) else wanted
+
+
+def _somewhere(world: World) -> bool:
+    """Can any kubelet follow the rule?"""
+    return any(
+        RESTART_FEATURE in host.node.status.declared_features
+        for host in world.hosts.values()
+        if host.node is not None
+    )
 
 
 def _owned_here(world: World, held: Workload) -> bool:

@@ -211,7 +211,8 @@ def _finish(curve: list[tuple[int, float]], floor: int | None, *, meets_slo: boo
     kept = _upper_hull(curve[first:])
     hull = curve[:first] + kept
     chords = [True] * first + [_is_chord(curve[first:], a, b) for a, b in pairwise(kept)]
-    per_joule = [t / w for w, t in hull]
+    # A driver may name no lowest limit; one such GPU must not end every plan.
+    per_joule = [t / max(w, 1) for w, t in hull]
     return Hull(
         milliwatts=tuple(w for w, _ in hull),
         tokens=tuple(t for _, t in hull),

@@ -37,6 +37,12 @@ def test_flat_then_cliff_has_its_knee_at_the_edge_of_the_cliff():
     assert found.chords == (True,)
 
 
+def test_a_gpu_that_names_no_lowest_limit_has_a_hull_too():
+    found = hull(points((350, 640), (430, 1000)), low=0)
+    assert watts(found) == [0, 430]
+    assert watts(found)[found.knee] == 430
+
+
 def test_on_a_bridge_the_measured_curve_counts():
     found = hull(points((350, 640), (430, 1000), (688, 1000)), low=200, high=1000).to_class("m", band=1)
     assert found.tokens_at(200_000) == 0
