@@ -19,6 +19,7 @@ from tokenfactory.agent.guard import (
     Measured,
     NodeMeasured,
     Share,
+    Watched,
     guarded,
     is_above,
     take_back,
@@ -29,9 +30,33 @@ from tokenfactory.agent.nodepower import MeterError, PowerMeter
 from tokenfactory.agent.nvml import Nvml, Reading
 from tokenfactory.agent.overhead import Learned, Sample, learn, resume
 from tokenfactory.agent.parts import Clock
-from tokenfactory.agent.state import AgentState, NodePower
+from tokenfactory.agent.state import ABOVE, AgentState, NodePower
+from tokenfactory.planning.power.governor import CapOrder
 
 log = logging.getLogger(__name__)
+
+
+def remember(state: AgentState, boot_id: str, now: float) -> None:
+    """What an agent before us withheld in this boot stays so: that it has ended makes no node draw less."""
+    status = state.node.status if state.node is not None else None
+    if status is None or status.boot_id != boot_id:
+        return
+    for gpu in status.gpus:
+        if gpu.withheld_milliwatts:
+            state.guard = {**state.guard, gpu.uuid: Watched(gpu.withheld_milliwatts, 0, now)}
+            state.inherited[gpu.uuid] = gpu.withheld_milliwatts
+            text = f"{gpu.withheld_milliwatts} mW are withheld from the cap since before the agent began"
+            state.faults.take_guard(gpu.uuid, text)
+    if state.metered:
+        said = (it.message for it in status.conditions if (it.type, it.reason) == ("NodePower", ABOVE))
+        state.node_power.above = next(said, "")
+
+
+def cap_before(state: AgentState, order: CapOrder) -> int | None:
+    """The cap before anything is withheld from it."""
+    if order.cap_milliwatts is None or order.reason.why != "Kept":
+        return order.cap_milliwatts
+    return order.cap_milliwatts + state.inherited.get(order.uuid, 0)
 
 
 class GpuGuard:
@@ -53,7 +78,9 @@ class GpuGuard:
                 measured[gpu] = Measured(reading.power_milliwatts, enforced, least, held.since)
         power = state.node_power
         blind = bool(power.above) and power.draw_milliwatts is None  # nobody could see what giving back does
-        guard = watch(state.guard, measured, self._clock.monotonic(), release=not blind)
+        kept = any(gpu in state.inherited for gpu in measured)  # no limit would rise by it yet
+        release = not blind and not kept
+        guard = watch(state.guard, measured, self._clock.monotonic(), release=release)
         self.take(guard, "draws more than its cap allows")
 
     def take(self, guard: Guard, why: str) -> None:
@@ -186,7 +213,7 @@ class NodeGuard:
             return None
         total = node.spec.overhead_milliwatts
         for gpu, order in decision.caps.items():
-            cap = order.cap_milliwatts
+            cap = cap_before(self.state, order)
             if cap is None:
                 cap = self.enforcer.enforced(gpu)
             if cap is None:
@@ -199,9 +226,9 @@ class NodeGuard:
         found = {}
         for gpu, order in decision.caps.items() if decision else ():
             held, reading = self.enforcer.held.get(gpu), self.state.readings.get(gpu)
-            if order.cap_milliwatts is None or held is None or held.limits is None:
+            cap = cap_before(self.state, order)
+            if cap is None or held is None or held.limits is None:
                 continue
-            cap = order.cap_milliwatts
             drawn = reading.power_milliwatts if reading is not None else None
             binding = guarded(self.state.guard, gpu, cap) if drawn is None else drawn
             found[gpu] = Share(cap, binding, held.limits.min_milliwatts)

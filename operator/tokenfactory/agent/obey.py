@@ -12,6 +12,7 @@ from typing import Final
 
 from tokenfactory.agent.enforce import Enforcer
 from tokenfactory.agent.guard import guarded
+from tokenfactory.agent.guarding import cap_before, remember
 from tokenfactory.agent.holders import holdings
 from tokenfactory.agent.nvml import Failure, Gpu, Nvml
 from tokenfactory.agent.parts import Clock, NodeSource, PodDevices, SheetSource
@@ -85,6 +86,8 @@ class ShortPath:
         if self._sheets.ready(trees):
             if self.state.node is None:
                 self.state.observed_generation = node.status.observed_generation
+                self.state.node = node
+                remember(self.state, self._nvml.identity.boot_id, self.clock.monotonic())
             self.state.node = node
 
     def _take_holdings(self) -> None:
@@ -146,9 +149,12 @@ class ShortPath:
     def _set(self, decision: Decision) -> None:
         caps = {}
         for gpu, order in decision.caps.items():
-            if order.cap_milliwatts is None:
+            if order.reason.why != "Kept":
+                self.state.inherited.pop(gpu, None)  # from now on the cap is the sheets'
+            before = cap_before(self.state, order)
+            if before is None or order.cap_milliwatts is None:
                 continue
-            cap = guarded(self.state.guard, gpu, order.cap_milliwatts)
+            cap = min(order.cap_milliwatts, guarded(self.state.guard, gpu, before))
             if order.reason.why != "Kept" or not self.enforcer.obeys(gpu, cap):
                 caps[gpu] = cap
         for gpu, milliwatts in self.enforcer.wanted(caps).items():

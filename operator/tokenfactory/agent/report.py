@@ -17,7 +17,7 @@ from tokenfactory.agent.enforce import Enforcer
 from tokenfactory.agent.nim import Meter
 from tokenfactory.agent.nvml import Gpu, Identity
 from tokenfactory.agent.parts import Clock, StatusWriter
-from tokenfactory.agent.state import AgentState
+from tokenfactory.agent.state import ABOVE, AgentState
 from tokenfactory.agent.xid import Action
 from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus
@@ -203,6 +203,7 @@ def _gpu(state: AgentState, enforcer: Enforcer, gpu: Gpu) -> GPUStatus:
         # A limit that cannot be read may be anything up to the highest that this GPU can have.
         enforced_milliwatts=enforcer.enforced(gpu.uuid) or (limits.max_milliwatts if limits else 0),
         cap_milliwatts=(held.asked_milliwatts if held else None) or 0,
+        withheld_milliwatts=state.guard[gpu.uuid].withheld_milliwatts if gpu.uuid in state.guard else 0,
         class_name=(order.reason.class_name if order else "")[:253],
         pod=holder.pod[:320],
         pod_uid="" if holder.uid.startswith("?") else holder.uid[:64],
@@ -306,7 +307,7 @@ def _metered(meter: Meter, say: Say) -> Condition:
 def _node_power(state: AgentState, say: Say) -> Condition:
     power = state.node_power
     if power.above:
-        return say("NodePower", False, "AboveCharge", power.above)
+        return say("NodePower", False, ABOVE, power.above)
     if power.problem:
         return say("NodePower", None, "Unreadable", power.problem)
     return say("NodePower", True, "WithinCharge")

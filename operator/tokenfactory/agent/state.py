@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from tokenfactory.agent.faults import Faults
 from tokenfactory.agent.guard import Guard
@@ -12,6 +13,9 @@ from tokenfactory.agent.parts import PodDevices
 from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.governor import Decision, Memory, Readback
+
+ABOVE: Final = "AboveCharge"
+"""The reason that a status gives while the whole node's guard withholds power."""
 
 
 @dataclass
@@ -53,6 +57,8 @@ class AgentState:
     readback: Readback | None = None
     observed_generation: int = 0
     guard: Guard = field(default_factory=dict)
+    inherited: dict[str, int] = field(default_factory=dict)
+    """What an agent before us withheld from each GPU in this boot, in milliwatts: limits were found without it."""
     tuned: dict[str, Actuators] = field(default_factory=dict)
     """What is set on each GPU besides its limit."""
     looked_at: set[str] = field(default_factory=set)

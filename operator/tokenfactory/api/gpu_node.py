@@ -153,6 +153,9 @@ class GPUStatus(Api, frozen=True, kw_only=True):
     ] = 0
     enforced_milliwatts: Annotated[MilliwattsField, Meta(description="Read back after the last change.")] = 0
     cap_milliwatts: Annotated[MilliwattsField, Meta(description="What the agent last asked for.")] = 0
+    withheld_milliwatts: Annotated[
+        MilliwattsField, Meta(description="Taken off what its sheets allow, because too much was drawn.")
+    ] = 0
     class_name: Annotated[str, Meta(max_length=253, description="The class that it runs as.")] = (
         msgspec.field(name="class", default="")
     )

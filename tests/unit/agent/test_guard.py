@@ -241,6 +241,35 @@ def test_sheets_that_change_all_the_time_do_not_put_it_off() -> None:
     story(tell, rest=900_000, charged=1_000_000)
 
 
+def test_an_agent_that_is_killed_is_followed_by_one_that_goes_on_withholding() -> None:
+    async def tell(node: Node) -> None:
+        busy(node)
+        await node.until(lambda: sum(node.limits()) <= 8 * 600_000 - 1_000_000, within=60)
+        cut = node.limits()
+        await node.until(lambda: any(gpu.withheld_milliwatts for gpu in node.api.status.gpus))
+        await node.until(lambda: condition(node) == ("False", "AboveCharge"))
+        await node.kill()
+        sets = len(node.nvml.sets)
+        node.start()
+        asked = node.meter.asked
+        await node.until(lambda: node.meter.asked > asked + 12, within=200)
+        assert node.limits() == cut, "as it was found, before the sheets are known to be new"
+        node.api.renew()
+        await node.until(lambda: node.api.status.mode == "Obeying")
+        asked = node.meter.asked
+        await node.until(lambda: node.meter.asked > asked + 12, within=200)
+        highest = {gpu: milliwatts for _, gpu, milliwatts in node.nvml.sets[sets:]}
+        assert all(highest.get(f"GPU-{n}", 0) <= cap for n, cap in enumerate(cut))
+        assert node.limits() == cut
+        assert condition(node) == ("False", "AboveCharge")
+        node.meter.rest = 900_000
+        await node.until(lambda: node.limits() == [600_000] * 8, within=3_000)
+        await node.until(lambda: condition(node) == ("True", "WithinCharge"))
+        assert all(gpu.healthy and not gpu.faults for gpu in node.api.status.gpus)
+
+    story(tell, rest=2_000_000, charged=1_000_000)
+
+
 def test_nothing_is_given_back_while_nobody_measures_the_node() -> None:
     async def tell(node: Node) -> None:
         busy(node)
