@@ -19,7 +19,7 @@ from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.learning import learn_profiles
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
-from tokenfactory.controller.plan.oversubscribing import oversubscribe
+from tokenfactory.controller.plan.oversubscribing import LOOK_SECONDS, oversubscribe
 from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.purses import held_to, spending
 from tokenfactory.controller.plan.recovering import recover
@@ -66,7 +66,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     clock, other_wall = look(memory.clock, snapshot.wall, snapshot.milliseconds)
     grid = lay_out(world, other_wall)
     ledger = _ledger(world, grid, memory.ledger)
-    grid, ledger, watches = oversubscribe(world, grid, ledger, memory.watches)
+    grid, ledger, (watches, reports) = oversubscribe(world, grid, ledger, (memory.watches, memory.reports))
     readings = read_meters(world, memory.readings)
     staffing = staff(world, memory.replicas, readings)
     energy = account(world, grid, memory.energy)
@@ -124,6 +124,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         unread=snapshot.unread_factories,
         lessons=lessons,
         watches=watches,
+        reports=reports,
         clock=clock,
         ledger=ledger,
     )
@@ -219,6 +220,8 @@ def _unread(now: Mapping[Key, str], told: Mapping[Key, str]) -> list[Action]:
 def _again(world: World, grid: Grid, sheets: SheetPlan) -> float:
     """Neither silence nor a timetable makes an event: look again when an agent could count as lost, or a limit turns."""
     soonest = 30.0 if grid.seconds_to_change is None else min(30.0, max(0.1, grid.seconds_to_change))
+    if grid.margins:
+        soonest = min(soonest, LOOK_SECONDS)
     if sheets.waits or sheets.writes:
         soonest = min(soonest, PATIENCE.raise_after_seconds)
     after = min(

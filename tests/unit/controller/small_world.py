@@ -63,6 +63,9 @@ class Agent:
     overhead_proven: bool = False
     load_permille: int = 0
     """What its GPUs draw of their limits."""
+    reported_at: datetime | None = None
+    reports: bool = True
+    """Whether its reports arrive; its heartbeat does anyway."""
 
     def uuid(self, index: int) -> str:
         return f"{self.name}-gpu-{index}"
@@ -429,8 +432,13 @@ class SmallWorld:
             overhead_milliwatts=agent.overhead_milliwatts,
             overhead_proven=agent.overhead_proven,
             meters=self.meters(agent, holding),
+            reported_at=node.status.reported_at,
         )
-        if status != node.status:
+        since = (self.now - agent.reported_at).total_seconds() if agent.reported_at else 30.0
+        if agent.reports and (status != node.status or since >= 30):
+            agent.reported_at = self.now
+            status = msgspec.structs.replace(status, reported_at=self.stamp())
+        if agent.reports and status != node.status:
             self.put(msgspec.structs.replace(node, status=status))
 
     def settle(

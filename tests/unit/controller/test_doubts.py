@@ -81,5 +81,9 @@ def test_a_clock_that_is_set_ends_no_window_of_a_timetable() -> None:
     after = caps_of(world.objects[CapSheet]["", "hall"].spec)
     assert all(after[name] <= cap for name, cap in before.items())
     later = world.snapshot()
-    meant = replace(later, wall=later.wall + timedelta(hours=3), milliseconds=later.milliseconds + 600_000)
+    meant = replace(
+        later,
+        wall=later.wall + timedelta(hours=3, minutes=10),
+        milliseconds=later.milliseconds + 600_000,
+    )
     assert world.plan_of(meant).books.grid.limit("hall") == 12_000_000

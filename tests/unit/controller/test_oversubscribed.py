@@ -93,6 +93,19 @@ def test_thirty_percent_more_servers_run_at_higher_caps_without_a_brake() -> Non
     assert min(gpus) > max(limit for agent in never.agents.values() for limit in agent.enforced.values())
 
 
+def test_nodes_whose_reports_no_longer_arrive_count_in_full_although_their_heartbeats_do() -> None:
+    world = site()
+    rounds(world, 15)
+    for agent in list(world.agents.values())[:10]:
+        agent.reports, agent.load_permille = False, 1000
+    rounds(world, 1)
+    assert draw(world) > LIMIT, "nobody could know yet, and the breaker bears it"
+    rounds(world, 19)
+    assert draw(world) <= LIMIT
+    assert world.plan().plan.again_after_seconds <= 5
+    assert world.memory.watches["hall"].brakes == 1
+
+
 def test_a_surge_of_the_draw_brings_the_sheet_down_at_once_and_it_stays_down_while_the_surge_lasts() -> None:
     world = site()
     rounds(world, 15)

@@ -50,6 +50,8 @@ class Memory:
     lessons: Lessons = field(default_factory=Lessons)
     watches: Mapping[str, Watch] = field(default_factory=dict)
     """What oversubscribed domains drew of what they were charged."""
+    reports: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """By node of such a domain: its last report, and when it was first seen."""
     clock: Clock | None = None
     """Where the wall clock stood: one that was set since must not end a window of a timetable."""
     ledger: Ledger | None = None
