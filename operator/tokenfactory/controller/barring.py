@@ -63,7 +63,7 @@ class Barring(Generic[T]):
             except Exception as error:
                 log.exception("the plan failed: looking for the object that it fails on")
                 slot = self._culprit(snapshot, versions)
-                why = f"planning with it fails ({type(error).__name__}: {error}), which is to be reported"
+                why = f"planning with it fails ({type(error).__name__}: {str(error)[:200]}), which is to be reported"
                 self._barred[slot] = _Barred(versions[slot], snapshot.milliseconds, why)
                 log.error("planning without it", extra={"kind": slot[0], "key": "/".join(slot[1])})  # noqa: TRY400
         # Too many for one round: what is in force stays as it is, limits are cut, and the next round looks further.

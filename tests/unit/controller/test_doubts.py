@@ -87,3 +87,16 @@ def test_a_clock_that_is_set_ends_no_window_of_a_timetable() -> None:
         milliseconds=later.milliseconds + 600_000,
     )
     assert world.plan_of(meant).books.grid.limit("hall") == 12_000_000
+
+
+def test_a_window_that_begins_by_the_doubted_time_is_looked_at_when_it_does() -> None:
+    world = a_world()
+    world.apply(HALL.replace("12:00", "13:00"))
+    world.now = world.now.replace(hour=12, minute=59)
+    world.others()
+    world.memory = world.plan().memory
+    world.now = world.now.replace(minute=59, second=52)
+    jumped = replace(world.snapshot(), wall=world.now + timedelta(hours=6))
+    composed = world.plan_of(jumped)
+    assert composed.books.grid.limit("hall") == 12_000_000
+    assert composed.plan.again_after_seconds <= 8

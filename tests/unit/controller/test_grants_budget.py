@@ -1,5 +1,6 @@
 """What a domain grants to a team: its factories together draw no more there, and elsewhere as much as they like."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -9,6 +10,7 @@ from tokenfactory.api import names
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.controller.snapshot import Snapshot
 
 SITE = """
 apiVersion: tokenfactory.dev/v1alpha1
@@ -114,6 +116,26 @@ def test_the_factories_of_a_grant_share_its_watts_in_its_domain_and_others_do_no
     assert GRANT not in status(world, "guests", "free").models[0].bound_by
     assert GRANT not in status(world, "inference", "away").models[0].bound_by
     world.settle()
+
+
+def test_a_factory_that_cannot_be_read_still_pays_from_its_grant(
+    world: SmallWorld, monkeypatch: pytest.MonkeyPatch
+):
+    world.apply(hall("a", "4kW"))
+    world.apply(factory("chat", replicas=1))
+    world.apply(factory("search", "research", replicas=1))
+    live(world, 120, budget=4_000_000)
+    key, whole = ("inference", "chat"), world.snapshot
+
+    def unread() -> Snapshot:
+        seen = whole()
+        rest = {each: held for each, held in seen.factories.items() if each != key}
+        return replace(seen, factories=rest, undecodable={(TokenFactory.KIND, key): "of a newer version"})
+
+    monkeypatch.setattr(world, "snapshot", unread)
+    world.crash()
+    live(world, 400, budget=4_000_000)
+    assert charged(world, "a", "inference") >= 4 * 200_000
 
 
 def test_a_newcomer_is_charged_only_once_the_others_have_given_up_watts_for_it(world: SmallWorld):

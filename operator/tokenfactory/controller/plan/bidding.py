@@ -19,7 +19,7 @@ from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.profiles import model_points
-from tokenfactory.controller.plan.purses import factory_name, for_sale
+from tokenfactory.controller.plan.purses import factory_name, for_sale, payer_of
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import budgets, catalogue
 from tokenfactory.planning.power.efficiency import Draw, PriceFloor, draw_of, find_price_floor, thresholds
@@ -341,16 +341,17 @@ def _supply(
 
 def _power_class(world: World, label: str, hull: Hull) -> PowerClass:
     found = find_model(world, label)
-    owner = names.class_owner(label)
+    owner, payer = names.class_owner(label), payer_of(label)
     if found is None and owner is not None and owner[:2] in world.snapshot.unread_factories:
         # Nobody knows its band or its worth: it is taken for an ordinary one rather than for one on its way out.
+        idle = _idle_milliwatts(label)
         return hull.to_class(
-            label, band=DEFAULT_BAND, value_per_token=1e-6, idle_milliwatts=_idle_milliwatts(label)
+            label, band=DEFAULT_BAND, value_per_token=1e-6, factory=payer, idle_milliwatts=idle
         )
     if found is None:
         ours = label == names.idle_class(names.class_product(label))
         idle = _idle_milliwatts(label) if ours else hull.milliwatts[0]
-        return hull.to_class(label, band=0, value_per_token=_LEAST_VALUE, idle_milliwatts=idle)
+        return hull.to_class(label, band=0, value_per_token=_LEAST_VALUE, factory=payer, idle_milliwatts=idle)
     factory, model = found
     return hull.to_class(
         label,

@@ -74,8 +74,14 @@ def lay_out(world: World, other_wall: datetime | None = None) -> Grid:
         if path:
             places[host.name] = Place(path, _overhead(world, host, path))
     facts = {host.name: _facts(world, host) for host in world.hosts.values()}
-    change = tree.next_change(world.snapshot.domains.values(), wall)
-    seconds = (change - wall).total_seconds() if change else None
+    seconds = min(
+        (
+            (change - clock).total_seconds()
+            for clock in {wall, other_wall or wall}
+            if (change := tree.next_change(world.snapshot.domains.values(), clock)) is not None
+        ),
+        default=None,
+    )
     return Grid(now, domains, places, facts, problems, seconds)
 
 

@@ -16,6 +16,7 @@ from tokenfactory.api.quantities import Milliwatts, parse_power_or_percent
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.world import World
+from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.lines import Entry, Line
@@ -44,15 +45,16 @@ class Spending:
 def grants_with_budget(world: World, grid: Grid) -> dict[str, Allotment]:
     """By name: `<domain>'s spec.admits[<n>]`."""
     found: dict[str, Allotment] = {}
+    drawing = _drawing(world)
     for name in grid.domains:
         domain = world.snapshot.domains.get(("", name))
         for number, admit in enumerate((domain.spec.admits if domain else None) or ()):
             if admit.budget is None:
                 continue
             paying = frozenset(
-                factory_name(factory)
-                for factory in world.snapshot.factories.values()
-                if selects(admit.namespace_selector, _labels(world, factory))
+                f"{namespace}/{factory}"
+                for namespace, factory in drawing
+                if selects(admit.namespace_selector, _labels(world, namespace))
             )
             words = f"{name}'s spec.admits[{number}]"
             most = parse_power_or_percent(admit.budget, Milliwatts(grid.limit(name)))
@@ -183,6 +185,12 @@ def payer_of(class_name: str) -> str:
     return f"{owner[0]}/{owner[1]}" if owner else ""
 
 
-def _labels(world: World, factory: TokenFactory) -> Mapping[str, str]:
-    namespace = world.snapshot.namespaces.get(("", factory.metadata.namespace or ""))
-    return namespace.metadata.labels if namespace else {}
+def _drawing(world: World) -> set[Key]:
+    """Factories, and those that are gone or cannot be read while pods of theirs still draw: these pay as well."""
+    left = {(namespace, factory) for namespace, factory, _ in world.standing}
+    return {*world.snapshot.factories, *left}
+
+
+def _labels(world: World, namespace: str) -> Mapping[str, str]:
+    held = world.snapshot.namespaces.get(("", namespace))
+    return held.metadata.labels if held else {}
