@@ -192,11 +192,18 @@ def _publish(world: World, sheets: SheetPlan) -> list[Action]:
 
 
 def _tell(books: Books) -> list[Action]:
-    """Statuses; and what a recorded incident now permits comes after its record."""
+    """Statuses; and what a recorded incident now permits comes after its record.
+
+    Not of what cannot be read: what it says now is not what we hold of it.
+    """
     actions: list[Action] = []
-    for domain in books.world.snapshot.domains.values():
-        actions += domain_status(books, domain)
-    for factory in books.world.snapshot.factories.values():
+    undecodable = books.world.snapshot.undecodable
+    for key, domain in books.world.snapshot.domains.items():
+        if (domain.KIND, key) not in undecodable:
+            actions += domain_status(books, domain)
+    for key, factory in books.world.snapshot.factories.items():
+        if (factory.KIND, key) in undecodable:
+            continue
         recovered = recover(books.world, factory)
         actions += factory_status(books, recovered, factory)
         actions += recovered.actions

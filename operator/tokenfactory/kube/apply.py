@@ -15,7 +15,7 @@ import msgspec
 
 from tokenfactory.api.meta import Api, Resource
 from tokenfactory.kube.client import APPLY, Client, Guard
-from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError
+from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError, UnfitError
 from tokenfactory.kube.resources import Key, body_of, collection_path, key_of, object_path
 
 FIELD_MANAGER: Final = "tokenfactory"
@@ -235,7 +235,10 @@ class Writer:
             if _is_another(error):
                 return Refused(str(error))
             raise
-        return Written(msgspec.json.decode(answer, type=kind))
+        try:
+            return Written(msgspec.json.decode(answer, type=kind))
+        except msgspec.ValidationError as unfit:
+            raise UnfitError(f"{method} {path}", unfit) from unfit
 
 
 def _is_another(error: ApiError) -> bool:

@@ -65,6 +65,14 @@ class UnreachableError(Exception):
         self.sent = sent
 
 
+class UnfitError(UnreachableError):
+    """It was done, and the object in the answer does not fit our type: perhaps one of a newer version."""
+
+    def __init__(self, doing: str, cause: BaseException) -> None:
+        super().__init__(doing, cause, sent=True)
+        self.args = (f"{doing}: done, and the answer cannot be read: {cause}",)
+
+
 _KINDS: dict[int, type[ApiError]] = {
     401: UnauthorizedError,
     404: NotFoundError,

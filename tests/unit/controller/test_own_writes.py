@@ -8,6 +8,12 @@ import msgspec
 from tokenfactory.api.cap_sheet import CapSheet, CapSheetSpec
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import ObjectMeta
+from tokenfactory.api.token_factory import (
+    FactoryPower,
+    TokenFactory,
+    TokenFactorySpec,
+    TokenFactoryStatus,
+)
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.actions import Plan
 from tokenfactory.controller.actor import Actor
@@ -96,3 +102,23 @@ async def test_while_our_own_writes_are_not_seen_nothing_rises():
     running.cancel()
     assert actor.writes == 1, "the cut alone"
     assert actor.refused == 0
+
+
+class NewerServer:
+    """Its objects have become newer than our types."""
+
+    async def request(self, *_: object, **__: object) -> bytes:
+        return b'{"metadata": {"name": "chat", "resourceVersion": "9"}, "spec": "of another kind"}'
+
+
+async def test_an_answer_that_cannot_be_read_ends_nothing():
+    actor = Actor(NewerServer(), None, lambda: None)  # type: ignore[arg-type]
+    spec = TokenFactorySpec(power=FactoryPower(domain="hall"), models=())
+    meta = ObjectMeta(name="chat", namespace="a", uid="u", resource_version="7")
+    factory = TokenFactory(metadata=meta, spec=spec)
+    assert not await actor.execute([act.WriteStatus(factory, TokenFactoryStatus(budget="1W"))])
+    assert not actor.unsettled.still(lambda _: 0)
+    assert not await actor.execute([CHARGE])
+    assert actor.unsettled.still(lambda _: 8) == {("GPUNode", "n1")}, (
+        "until it is seen, it may have been done"
+    )

@@ -111,6 +111,20 @@ def test_a_factory_that_a_restarted_operator_cannot_read_keeps_its_pods_and_char
     assert feasible.status == "True"
 
 
+def test_nothing_is_said_in_the_status_of_what_cannot_be_read():
+    world = SmallWorld()
+    world.add_node("n0")
+    world.apply(HALL % "30kW")
+    for key in ((TokenFactory.KIND, ("inference", "chat")), (PowerDomain.KIND, ("", "hall"))):
+        seen = dataclasses.replace(world.snapshot(), undecodable={key: "of a newer version"})
+        told = [
+            each.held.KIND
+            for each in compose(seen, OPTIONS, Memory()).plan.actions
+            if isinstance(each, act.WriteStatus)
+        ]
+        assert told == [kind for kind in (PowerDomain.KIND, TokenFactory.KIND) if kind != key[0]]
+
+
 def test_a_pod_of_an_unreadable_factory_that_ends_gives_its_watts_back():
     world = NewerFactory()
     for number in range(3):
