@@ -9,7 +9,9 @@ import msgspec
 from tests.fault.parts import Kit
 
 from tokenfactory.api.gpu_node import Fence
+from tokenfactory.controller.plan.oversubscribing import oversubscribe
 from tokenfactory.planning.power import governor, ledger, lines, publish
+from tokenfactory.planning.power.oversubscription import REACTION_MILLISECONDS
 from tokenfactory.planning.power.sheets import History
 
 
@@ -145,6 +147,50 @@ def _sheets_begin_anew(domains, found, nodes, facts, leadership):
     return ledger.observe(domains, found, nodes, facts, replace(leadership, known_version=0))
 
 
+def _without_a_brake(seen, grid, book, known):
+    laid, ceilings, known = oversubscribe(seen, grid, book, known)
+    margins = {name: replace(margin, braking=False) for name, margin in laid.margins.items()}
+    return _under(laid, ceilings, margins, known)
+
+
+def _under(laid, book, margins, known):
+    domains = {
+        name: replace(domain, usable_milliwatts=margins[name].ceiling_milliwatts)
+        if name in margins
+        else domain
+        for name, domain in book.domains.items()
+    }
+    return replace(laid, domains=domains, margins=margins), replace(book, domains=domains), known
+
+
+def _silent_by_their_last_draw(seen, grid, book, known):
+    silent = {name for name, entry in book.entries.items() if not entry.facts.heard}
+    entries = {n: replace(each, facts=replace(each.facts, heard=True)) for n, each in book.entries.items()}
+    laid, _, known = oversubscribe(seen, grid, replace(book, entries=entries), _renewed(seen, known, silent))
+    return _under(laid, book, laid.margins, known)
+
+
+def _old_reports_hold(seen, grid, book, known):
+    return oversubscribe(seen, grid, book, _renewed(seen, known, set(book.entries)))
+
+
+def _renewed(seen, known, nodes):
+    """The last reports of these nodes as if they had come just now."""
+    watches, reports = known
+    now = seen.snapshot.milliseconds
+    return watches, {name: (said, now if name in nodes else at) for name, (said, at) in reports.items()}
+
+
+def _breakers_bear_it_without_end(seen, grid, book, known):
+    """As if neither hold nor the brake's reaction took any time."""
+    laid, ceilings, known = oversubscribe(seen, grid, book, known)
+    margins = {
+        name: replace(margin, breaker=replace(margin.breaker, hold_milliseconds=-REACTION_MILLISECONDS))
+        for name, margin in laid.margins.items()
+    }
+    return _under(laid, ceilings, margins, known)
+
+
 BUGS: Mapping[str, Kit] = {
     "skip read-back": Kit(read_back=_read_back_what_was_asked),
     "drop fencing": Kit(observe=_silence_is_a_fence),
@@ -160,5 +206,9 @@ BUGS: Mapping[str, Kit] = {
     "collect a pod before the agent said so": Kit(collected=_collect_at_once),
     "believe who acknowledged nothing": Kit(observe=_believe_the_silent),
     "forget that a sheet was there": Kit(observe=_sheets_begin_anew),
+    "ignore the brake": Kit(oversubscribe=_without_a_brake),
+    "count the silent by their last draw": Kit(oversubscribe=_silent_by_their_last_draw),
+    "believe an old report": Kit(oversubscribe=_old_reports_hold),
+    "oversubscribe whatever hold is": Kit(oversubscribe=_breakers_bear_it_without_end),
 }
 """By name. The first seven are those that the issue of this product's safety names."""

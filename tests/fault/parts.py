@@ -11,6 +11,7 @@ import msgspec
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.meta import ObjectMeta
+from tokenfactory.controller.plan.oversubscribing import oversubscribe
 from tokenfactory.planning.power import governor, grants, ledger, publish
 from tokenfactory.planning.power.governor import Allowance, Memory
 from tokenfactory.planning.power.ledger import Leadership
@@ -41,6 +42,7 @@ class Kit:
     moved: Callable[..., Any] = grants.moved
     settled_path: Callable[..., Any] = grants.settled_path
     collected: Callable[..., Any] = grants.collected
+    oversubscribe: Callable[..., Any] = oversubscribe
     epoch_rule: bool = True
     gate_reads_now: bool = True
     claims: bool = True

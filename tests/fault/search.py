@@ -3,6 +3,7 @@
     python -m tests.fault.search --steps 1000000 --seed 1
 
 Each episode has a site of its own. At its end the faults stop, and the site must come to rest at what was wanted.
+Some have a domain that is oversubscribed: see `surges.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from tests.fault import surges
 from tests.fault.moves import FAULTS, MOVES, agent_starts, comes_on, sheet_deleted, wish_pod
 from tests.fault.parts import Kit, Violation
 from tests.fault.rest import Score, rest
@@ -22,6 +24,8 @@ from tests.fault.world import World
 EPISODE_STEPS = 600
 SHEETS_ARE_DELETED_EVERY = 5
 """In one history of so many, somebody deletes cap sheets too."""
+STATISTICAL_EVERY = 16
+"""One history of so many is of a site with a statistical domain."""
 
 
 def episode(seed: int, kit: Kit, score: Score, *, steps: int = EPISODE_STEPS, to_rest: bool = True) -> None:
@@ -69,7 +73,10 @@ def search(seed: int, steps: int, kit: Kit | None = None) -> Score:
     kit = kit or Kit()
     number = 0
     while score.steps < steps:
-        episode(seed * 1_000_003 + number, kit, score)
+        if number % STATISTICAL_EVERY == STATISTICAL_EVERY - 1:
+            surges.episode(seed * 1_000_003 + number, kit, score)
+        else:
+            episode(seed * 1_000_003 + number, kit, score)
         number += 1
     return score
 

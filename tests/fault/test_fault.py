@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.fault import surges
 from tests.fault.bugs import BUGS
 from tests.fault.parts import Kit, Violation
 from tests.fault.rest import Score
@@ -47,3 +48,35 @@ def test_the_same_histories_are_fine_without_the_bugs() -> None:
     for first in SEEDS.values():
         for number in range(3):
             episode(first + number, Kit(), Score())
+
+
+SURGES = {
+    "ignore the brake": 700,
+    "count the silent by their last draw": 953,
+    "believe an old report": 711,
+    "oversubscribe whatever hold is": 705,
+}
+"""A history of a statistical domain that brings each bug to light; of any hundred in a row some do."""
+
+
+def test_the_draw_of_a_statistical_domain_passes_its_limit_only_as_its_breaker_bears() -> None:
+    score = Score()
+    for seed in range(5):
+        surges.episode(seed, Kit(), score)
+    for what in (*surges.MOVES, *surges.FAULTS):
+        assert score.moves[what.__name__] > 0, f"the search never came to {what.__name__}"
+
+
+@pytest.mark.parametrize("bug", SURGES)
+def test_the_search_finds_a_bug_in_oversubscription(bug: str) -> None:
+    with pytest.raises(Violation, match="P1: r1 draws"):
+        surges.episode(SURGES[bug], BUGS[bug], Score())
+    surges.episode(SURGES[bug], Kit(), Score())
+
+
+def test_a_surge_of_which_no_report_tells_ends_before_the_breaker_trips() -> None:
+    """Whenever the operator looks next."""
+    for second in range(5):
+        surges.a_surge_that_nobody_tells(Kit(), second)
+    with pytest.raises(Violation, match="P1: r1 draws"):
+        surges.a_surge_that_nobody_tells(BUGS["believe an old report"], 0)

@@ -12,15 +12,13 @@ from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.oversubscription import (
-    REACTION_MILLISECONDS,
+    REPORT_MILLISECONDS,
     Breaker,
     Load,
     Watch,
     watch,
 )
 
-REPORT_MILLISECONDS: Final = REACTION_MILLISECONDS
-"""An agent reports every half a minute; a breaker need not bear for longer that nobody knows what is drawn."""
 LOOK_SECONDS: Final = 5.0
 """That no report comes is no event."""
 

@@ -18,8 +18,10 @@ FEWEST_SAMPLES: Final = 1_000
 SAMPLE_MILLISECONDS: Final = 5_000
 WINDOW_SAMPLES: Final = 12 * 3600 * 1000 // SAMPLE_MILLISECONDS
 """Half of what is remembered: the last twelve to twenty-four hours."""
-REACTION_MILLISECONDS: Final = 35_000
-"""From a surge to lower limits: agents report what they draw every half a minute, the rest is the cut."""
+REPORT_MILLISECONDS: Final = 35_000
+"""So long a report holds: an agent reports every half a minute, and who has not since is as good as silent."""
+REACTION_MILLISECONDS: Final = REPORT_MILLISECONDS + 10_000
+"""From a surge to lower limits: a report grows old, is missed at the next look (5 s), and the rest is for the cut."""
 AIM_PERMILLE: Final = 930
 """Of the limit: where the draw of the percentile asked for may lie. The margin to the brake is for the rest."""
 BRAKE_PERMILLE: Final = 970
