@@ -10,7 +10,7 @@ from tests.fault.codes import Contents
 from tests.fault.explore import Model, explore
 from tests.fault.model import WHERE
 from tests.fault.parts import Kit
-from tests.fault.scenes import AFTER, BEFORE, SCENES, TWO, Scene, act, begin
+from tests.fault.scenes import AFTER, ALIKE, BEFORE, ONE, SCENES, TWO, Scene, act, begin
 from tests.fault.world import World
 
 pytestmark = pytest.mark.slow
@@ -44,14 +44,21 @@ def test_a_deliberate_bug_is_found_with_its_shortest_trace(bug: str) -> None:
     assert 2 <= len(result.trace) <= 23
 
 
-PLAIN = Scene("plain", (BEFORE, AFTER), frozenset({"lose"}), TWO)
+PLAIN = (
+    Scene("losses", (BEFORE, AFTER), frozenset({"lose"}), TWO),
+    # Here agents must be able to hear of sheets without the specs written before them: a new leader writes both.
+    Scene("succession of a node's two watches", ALIKE, frozenset({"leader dies"}), ONE, gpus=2),
+)
 
 
-def test_nothing_visible_is_missed_by_hearing_late_and_by_forgetting_what_no_longer_matters() -> None:
+@pytest.mark.parametrize("scene", PLAIN, ids=lambda scene: scene.name)
+def test_nothing_visible_is_missed_by_hearing_late_and_by_forgetting_what_no_longer_matters(
+    scene: Scene,
+) -> None:
     """What the API server and the machines can be, with every piece of news heard at every moment of its own."""
     contents = Contents()
-    seen = {_visible(world, contents) for world in _plainly(contents)}
-    model = Model(PLAIN, Kit())
+    seen = {_visible(world, contents) for world in _plainly(scene, contents)}
+    model = Model(scene, Kit())
     reached = {model.first(): 1}
     frontier = list(reached)
     while frontier:
@@ -65,15 +72,15 @@ def test_nothing_visible_is_missed_by_hearing_late_and_by_forgetting_what_no_lon
     assert {_visible(model.whole(state), contents) for state in reached} == seen
 
 
-def _plainly(contents: Contents) -> Iterator[World]:
+def _plainly(scene: Scene, contents: Contents) -> Iterator[World]:
     """All worlds that can be reached with at most one fault, each step taken in a copy of the whole."""
-    first = begin(PLAIN, Kit())
+    first = begin(scene, Kit())
     seen = {(_all_of(first, contents), 1)}
     frontier = [(first, 1)]
     while frontier:
         world, left = frontier.pop()
         yield world
-        for cost, step in _plain_steps(world):
+        for cost, step in _plain_steps(world, scene):
             if cost > left:
                 continue
             twin = world.clone()
@@ -86,10 +93,13 @@ def _plainly(contents: Contents) -> Iterator[World]:
                 frontier.append((twin, left - cost))
 
 
-def _plain_steps(world: World) -> Iterator[tuple[int, object]]:
+def _plain_steps(world: World, scene: Scene) -> Iterator[tuple[int, object]]:
     for at in range(len(world.inflight)):
         yield 0, lambda w, at=at: w.deliver(at)
-        yield 1, lambda w, at=at: w.inflight.pop(at)
+        if "lose" in scene.faults:
+            yield 1, lambda w, at=at: w.inflight.pop(at)
+    if "leader dies" in scene.faults:
+        yield 1, lambda w: (w.leaders.pop(), w.elect(clean=False))
     for uid in world.pods:
         yield 0, lambda w, uid=uid: w.start(uid)
     for name, agent in world.agents.items():
@@ -106,7 +116,7 @@ def _plain_steps(world: World) -> Iterator[tuple[int, object]]:
         yield 0, lambda w: w.next_node_event(w.leaders[0])
     yield 0, lambda w: w.lead_sheets(w.leaders[0])
     yield 0, lambda w: w.lead_nodes(w.leaders[0])
-    if leader.outstanding:
+    if leader.outstanding and "lose" in scene.faults:
         under_way = {(m.sender, m.kind, m.name) for m in world.inflight}
         waits = any((leader.pid, *key) in under_way for key in leader.outstanding)
         yield int(waits), lambda w: w.give_up(w.leaders[0])
