@@ -62,7 +62,7 @@ class Composed:
 
 
 def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
-    world = see(snapshot)
+    world = see(snapshot, options.workloads)
     clock, other_wall = look(memory.clock, snapshot.wall, snapshot.milliseconds)
     grid = lay_out(world, other_wall)
     ledger = _ledger(world, grid, memory.ledger)

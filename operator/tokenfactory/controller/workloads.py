@@ -17,11 +17,13 @@ from tokenfactory.api.meta import GROUP
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service, says
+from tokenfactory.kube.objects import Pod
 
 Object = dict[str, Any]
 
 CACHE_PATH: Final = "/opt/nim/.cache"
 STORE_PATH: Final = "/checkpoints"
+MODEL_CONTAINER: Final = "nim"
 SPEC_LABEL: Final = f"{GROUP}/spec"
 """On what we apply: the digest of the spec that we applied."""
 _SECURITY: Final[Object] = {
@@ -163,6 +165,15 @@ def restarts_through_gate(held: Deployment) -> bool:
     return any(container.get("restartPolicyRules") for container in containers)
 
 
+def asks_for_rule(pod: Pod) -> bool:
+    """The same of a pod."""
+    return any(
+        rule.action == "RestartAllContainers"
+        for container in pod.spec.containers
+        for rule in container.restart_policy_rules
+    )
+
+
 def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
     """Does the object say all that we want of it, and was it last applied with just that?
 
@@ -229,23 +240,29 @@ def _pod_spec(factory: TokenFactory, model: ModelSpec, options: WorkloadOptions)
     return spec
 
 
-def _init_containers(factory: TokenFactory, model: ModelSpec, options: WorkloadOptions) -> list[Object]:
-    """P3: the cap is read back before anything else runs; then the cache is restored, and kept saved."""
-    ours: Object = {
+def wait_cap(options: WorkloadOptions) -> Object:
+    """P3: this container ends once the pod's GPUs are read back at their caps."""
+    return _ours(options) | {
+        "name": "wait-cap",
+        "args": ["wait-cap", f"--port={options.start_gate_port}"],
+        "env": [_downward("NODE_IP", "status.hostIP"), _downward("POD_UID", "metadata.uid")],
+    }
+
+
+def _ours(options: WorkloadOptions) -> Object:
+    return {
         "image": options.image,
         "imagePullPolicy": options.image_pull_policy,
         "securityContext": _SECURITY | _NOT_ROOT,
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
-    containers = [
-        ours
-        | {
-            "name": "wait-cap",
-            "args": ["wait-cap", f"--port={options.start_gate_port}"],
-            "env": [_downward("NODE_IP", "status.hostIP"), _downward("POD_UID", "metadata.uid")],
-        }
-    ]
+
+
+def _init_containers(factory: TokenFactory, model: ModelSpec, options: WorkloadOptions) -> list[Object]:
+    """P3: the cap is read back before anything else runs; then the cache is restored, and kept saved."""
+    ours = _ours(options)
+    containers = [wait_cap(options)]
     if not _saves(model):
         return containers
     mounts = [{"name": "cache", "mountPath": CACHE_PATH}, {"name": "checkpoints", "mountPath": STORE_PATH}]
@@ -292,7 +309,7 @@ def _nim_container(model: ModelSpec) -> Object:
         env.append({"name": "NIM_MODEL_PROFILE", "value": model.nim.profile})
     env += [{"name": variable.name, "value": variable.value} for variable in model.nim.env]
     return {
-        "name": "nim",
+        "name": MODEL_CONTAINER,
         "image": model.nim.image,
         "env": env,
         "ports": [{"name": "http", "containerPort": names.NIM_PORT}],

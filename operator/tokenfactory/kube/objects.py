@@ -51,16 +51,47 @@ class ContainerPort(Api, frozen=True, kw_only=True, gc=False):
     container_port: int = 0
 
 
+class RestartRule(Api, frozen=True, kw_only=True, gc=False):
+    action: str = ""
+
+
 class Container(Api, frozen=True, kw_only=True, gc=False):
     name: str = ""
     image: str = ""
     resources: ResourceRequirements = ResourceRequirements()
     ports: tuple[ContainerPort, ...] = ()
+    restart_policy_rules: tuple[RestartRule, ...] = ()
+
+
+class FieldRef(Api, frozen=True, kw_only=True, gc=False):
+    field_path: str = ""
+
+
+class EnvSource(Api, frozen=True, kw_only=True, gc=False):
+    field_ref: FieldRef = FieldRef()
+
+
+class EnvVar(Api, frozen=True, kw_only=True, gc=False):
+    name: str = ""
+    value_from: EnvSource = EnvSource()
+
+
+class InitContainer(Api, frozen=True, kw_only=True, gc=False):
+    """With all that decides what it runs: a pod's init containers hold it back from its GPUs."""
+
+    name: str = ""
+    image: str = ""
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: tuple[EnvVar, ...] = ()
+    restart_policy: str = ""
+    resources: ResourceRequirements = ResourceRequirements()
 
 
 class PodSpec(Api, frozen=True, kw_only=True, gc=False):
     node_name: str = ""
     scheduling_gates: tuple[SchedulingGate, ...] = ()
+    init_containers: tuple[InitContainer, ...] = ()
     containers: tuple[Container, ...] = ()
     node_selector: dict[str, str] = {}
     priority: int = 0

@@ -34,7 +34,6 @@ from tokenfactory.kube.objects import (
     NodeStatus,
     Pod,
     PodStatus,
-    SchedulingGate,
     Taint,
 )
 from tokenfactory.planning.power.governor import GpuView, Memory, Sheet, View, govern, read_back
@@ -353,7 +352,6 @@ class SmallWorld:
     def _make_pod(self, namespace: str, name: str, template: Any, mark: str) -> Pod:
         self.version += 1
         pod_name = f"{name}-{self.version}"
-        gpus = template["spec"]["containers"][0]["resources"]["limits"]
         meta = {
             "name": pod_name,
             "namespace": namespace,
@@ -361,10 +359,7 @@ class SmallWorld:
             "labels": template["metadata"]["labels"],
             "annotations": {TEMPLATE: mark},
         }
-        spec = {"containers": [{"name": "nim", "resources": {"limits": gpus}}]}
-        pod = msgspec.convert({"metadata": meta, "spec": spec}, Pod)
-        gated = msgspec.structs.replace(pod.spec, scheduling_gates=(SchedulingGate(name=names.GATE),))
-        return self.put(msgspec.structs.replace(pod, spec=gated))
+        return self.put(msgspec.convert({"metadata": meta, "spec": template["spec"]}, Pod))
 
     def _run_pods(self) -> None:
         ready = (KubeCondition(type="Ready", status="True"),)

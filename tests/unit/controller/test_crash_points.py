@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from tests.unit.controller.outcome import outcome
-from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.controller import actions as act
@@ -136,7 +136,7 @@ def follow(world: SmallWorld, most_rounds: int = 80) -> SmallWorld:
 
 def check_budget(world: SmallWorld) -> None:
     assert world.new_breaches() == []
-    seen = see(world.snapshot())
+    seen = see(world.snapshot(), OPTIONS.workloads)
     ledger = compose._ledger(seen, lay_out(seen))
     drawing = world.drawing()
     for _, name in world.objects[PowerDomain]:

@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, GPUNodeStatus, GPUStatus
@@ -120,7 +120,7 @@ def host_with(gpus: list[GPUStatus], offered: str = "8", strangers: int = 0) -> 
     stranger = Pod(spec=PodSpec(node_name="n", containers=(Container(resources=limits),)))
     held = GPUNode(metadata=ObjectMeta(name="n"), spec=GPUNodeSpec(), status=GPUNodeStatus(gpus=tuple(gpus)))
     host = GpuHost("n", node, held, 0.0)
-    empty = see(SmallWorld().snapshot())
+    empty = see(SmallWorld().snapshot(), OPTIONS.workloads)
     return World(empty.snapshot, (), {"n": host}, {"n": (stranger,)} if strangers else {}), host
 
 
@@ -169,7 +169,7 @@ def test_a_node_that_keeps_failing_gets_no_new_work_until_a_person_clears_it():
     bad = min(where(world))
     lose(world, bad)
     assert world.objects[GPUNode]["", bad].spec.quarantine is None
-    assert health_of(see(world.snapshot()))[bad] == 0.5
+    assert health_of(see(world.snapshot(), OPTIONS.workloads))[bad] == 0.5
     others = [name for name in world.agents if name != bad]
     for name in others:
         world.cordon(name)

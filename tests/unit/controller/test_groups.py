@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import msgspec
 import pytest
-from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import GPUNode
@@ -137,7 +137,7 @@ def test_where_watts_are_there_for_half_a_group_none_of_it_is_charged(world: Sma
 
 
 def books_of(world: SmallWorld):
-    seen = see(world.snapshot())
+    seen = see(world.snapshot(), OPTIONS.workloads)
     grid = lay_out(seen)
     return seen, grid, _ledger(seen, grid)
 

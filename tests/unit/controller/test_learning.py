@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import msgspec
 import pytest
-from tests.unit.controller.small_world import Agent, SmallWorld
+from tests.unit.controller.small_world import OPTIONS, Agent, SmallWorld
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
@@ -149,13 +149,15 @@ def test_learning_goes_on_with_the_caps_and_is_used_once_it_is_sure(walked: Smal
     model = world.snapshot().factories["inference", "chat"].spec.models[0]
     told = profile(world)
     assert float(told.status.confidence) >= 0.5
-    sure = model_hull(see(world.snapshot()), model, H100, 200_000, 700_000)
+    sure = model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000)
     assert sure.tokens[-1] == pytest.approx(500, rel=0.1)
     assert sure.milliwatts[sure.knee] == pytest.approx(450_000, rel=0.1)
     world.put(msgspec.structs.replace(told, status=msgspec.structs.replace(told.status, confidence="0.49")))
-    unsure = model_hull(see(world.snapshot()), model, H100, 200_000, 700_000)
+    unsure = model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000)
     world.objects[PowerProfile].clear()
-    assert unsure == model_hull(see(world.snapshot()), model, H100, 200_000, 700_000) != sure
+    assert (
+        unsure == model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000) != sure
+    )
 
 
 def test_a_persons_profile_keeps_its_spec_and_learns_in_its_status(world: SmallWorld):
@@ -180,8 +182,8 @@ def test_replicas_of_another_size_have_a_learned_profile_of_their_own(walked: Sm
     made = profile(world)
     model = world.snapshot().factories["inference", "chat"].spec.models[0]
     wider = msgspec.structs.replace(model, gpus_per_replica=8)
-    assert profile_of(see(world.snapshot()), model, H100) == made
-    assert profile_of(see(world.snapshot()), wider, H100) is None
+    assert profile_of(see(world.snapshot(), OPTIONS.workloads), model, H100) == made
+    assert profile_of(see(world.snapshot(), OPTIONS.workloads), wider, H100) is None
 
 
 @pytest.mark.parametrize("said", ["yesterday", "2026-11-21T12:00:00"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import GPUNode, PodMeter
@@ -144,19 +144,19 @@ def test_prompts_are_counted_over_a_while_and_a_pod_that_began_anew_begins_at_ze
     for second in range(0, 200, 10):
         meter_all(world, prompt_tokens=second * 700)
         seen = replace(world.snapshot(), milliseconds=second * 1000)
-        readings = read_meters(see(seen), readings)
+        readings = read_meters(see(seen, OPTIONS.workloads), readings)
     (reading,) = readings.values()
     assert reading.prompt_tokens_per_second == 700
     meter_all(world, prompt_tokens=5)
     later = replace(world.snapshot(), milliseconds=200_000 + READING_MILLISECONDS)
-    (reading,) = read_meters(see(later), readings).values()
+    (reading,) = read_meters(see(later, OPTIONS.workloads), readings).values()
     assert reading.prompt_tokens_per_second == 0
 
 
 def test_a_start_takes_what_the_last_ones_took():
     world = site(3)
     world.settle()
-    replicas = see(world.snapshot()).replicas_of(the_model(world)[0])
+    replicas = see(world.snapshot(), OPTIONS.workloads).replicas_of(the_model(world)[0])
     assert startup_milliseconds([]) == startup_milliseconds(replicas) == 180_000, "nothing is known yet"
 
     def took(pod: Pod, seconds: int) -> Pod:

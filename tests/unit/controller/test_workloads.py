@@ -221,6 +221,27 @@ def test_the_rule_goes_where_no_kubelet_can_follow_it():
     assert world.ready_pods()
 
 
+def test_a_pod_with_the_rule_is_offered_no_node_whose_kubelet_lacks_it():
+    """kube-scheduler would refuse it there, and each refusal costs a pod, a charge and ten seconds."""
+    world = Ruling()
+    world.apply(SITE)
+    world.add_node("new", gpus=1)
+    declare(world, "new")
+    world.settle()
+    assert world.ruled()
+    world.add_node("old")
+    declare(world, "old", able=False)
+    world.apply(SITE.replace("gpusPerReplica: 1", "gpusPerReplica: 1, replicas: {min: 2, max: 2}"))
+    world.settle()
+    assert {pod.spec.node_name for pod in world.ready_pods()} == {"new"}
+    (factory,) = world.objects[TokenFactory].values()
+    (wait,) = factory.status.waiting
+    assert f"1 whose kubelet does not declare {RESTART_FEATURE}" in wait.message
+    declare(world, "old")
+    world.settle()
+    assert {pod.spec.node_name for pod in world.ready_pods()} == {"new", "old"}
+
+
 def declare(world: SmallWorld, name: str, *, able: bool = True) -> None:
     node = world.objects[Node]["", name]
     status = msgspec.structs.replace(node.status, declared_features=(RESTART_FEATURE,) if able else ())

@@ -13,10 +13,11 @@ from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.profiles import gpu_range
 from tokenfactory.controller.plan.quarantining import health_of
-from tokenfactory.controller.plan.refusing import Refusals
+from tokenfactory.controller.plan.refusing import Refusals, Slot
 from tokenfactory.controller.plan.rooms import Rooms, Wanted
 from tokenfactory.controller.plan.world import GpuHost, Replica, World, gpus_asked
-from tokenfactory.kube.resources import Key, key_of
+from tokenfactory.controller.workloads import RESTART_FEATURE, asks_for_rule
+from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.placement.inputs import (
     NodeCandidate,
     Offer,
@@ -54,6 +55,11 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
         for replica in waiting.values()
         if replica.group in gathering
     ]
+    incomplete += [
+        Unplaced(replica, "Unguarded", f"it gets no GPUs, since it would not wait for their caps: {why}")
+        for replica, why in world.unguarded
+        if not replica.terminating
+    ]
     waiting = {name: replica for name, replica in waiting.items() if replica.group not in gathering}
     if not waiting:
         return Choice((), tuple(incomplete))
@@ -75,14 +81,14 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
         for host in world.hosts.values()
         if host.held and host.product
     )
-    alike: dict[tuple[Key, str], PodRequest] = {}
+    alike: dict[tuple[Slot, frozenset[str]], PodRequest] = {}
     pods = []
     for name, replica in sorted(waiting.items()):
-        slot = (key_of(replica.factory), replica.model.name)
-        if slot not in alike:
+        slot, features = (key_of(replica.factory), replica.model.name), _features(replica)
+        if (slot, features) not in alike:
             asked = rooms.refuse(_request(world, grid, name, replica, ranges), replica)
-            alike[slot] = replace(asked, not_on=refused.nodes(slot))
-        pods.append(replace(alike[slot], name=name, gang=replica.group))
+            alike[slot, features] = replace(asked, not_on=refused.nodes(slot), features=features)
+        pods.append(replace(alike[slot, features], name=name, gang=replica.group))
     plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
     wishes, spent = rooms.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
@@ -133,6 +139,7 @@ def _candidate(
         health=health,
         cached=cached,
         replicas=replicas,
+        features=frozenset(host.node.status.declared_features if host.node else ()),
         closed=_closed(world, grid, host),
     )
 
@@ -149,6 +156,11 @@ def free_gpus(world: World, host: GpuHost) -> int:
     held = sum(1 for gpu in gpus if gpu.pod and not gpu.pod_uid)
     bound = sum(gpus_asked(pod) for pod in world.foreign.get(host.name, ()))
     return max(0, usable - sum(grant.gpus for grant in host.grants) - max(held, bound))
+
+
+def _features(replica: Replica) -> frozenset[str]:
+    """Of the pod itself: its Deployment may have been made with or without the rule for restarts."""
+    return frozenset({RESTART_FEATURE} if asks_for_rule(replica.pod) else ())
 
 
 def _on_disk(world: World) -> dict[str, frozenset[str]]:

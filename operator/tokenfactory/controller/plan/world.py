@@ -11,12 +11,18 @@ from tokenfactory.api import names
 from tokenfactory.api.gpu_node import GPUNode, PodGrant, PodMeter
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
+from tokenfactory.controller.plan.waiting import gpus_of, unwaiting
 from tokenfactory.controller.snapshot import Snapshot
+from tokenfactory.controller.workloads import WorkloadOptions
 from tokenfactory.kube.objects import Node, Pod
 from tokenfactory.kube.resources import Key, key_of
 
 DEFAULT_DETECT_SECONDS = 15.0
 _FINISHED = frozenset({"Succeeded", "Failed"})
+
+
+def is_gated(pod: Pod) -> bool:
+    return any(gate.name == names.GATE for gate in pod.spec.scheduling_gates)
 
 
 def has_finished(pod: Pod) -> bool:
@@ -45,7 +51,7 @@ class Replica:
 
     @property
     def gated(self) -> bool:
-        return any(gate.name == names.GATE for gate in self.pod.spec.scheduling_gates)
+        return is_gated(self.pod)
 
     @property
     def terminating(self) -> bool:
@@ -138,6 +144,8 @@ class World:
     hosts: Mapping[str, GpuHost]
     foreign: Mapping[str, tuple[Pod, ...]] = field(default_factory=dict)
     """By node: pods with GPUs that belong to no factory."""
+    unguarded: tuple[tuple[Replica, str], ...] = ()
+    """Gated pods that look like a model's and would not wait for their cap, and why: none is granted or opened."""
     kept: Mapping[str, Pod] = field(default_factory=dict)
     """By UID: pods of factories that cannot be read. Nobody knows what they should be, so they stay as they are."""
 
@@ -244,8 +252,9 @@ def whole(replicas: Iterable[Replica]) -> int:
     return single + sum(count >= size for count in groups.values())
 
 
-def see(snapshot: Snapshot) -> World:
+def see(snapshot: Snapshot, workloads: WorkloadOptions) -> World:
     replicas = []
+    unguarded = []
     foreign: dict[str, list[Pod]] = {}
     # Pods of a factory or model that was deleted drain under the grants that they have: they are no strangers.
     charged = {grant.uid for node in snapshot.gpu_nodes.values() for grant in node.spec.pods}
@@ -253,8 +262,13 @@ def see(snapshot: Snapshot) -> World:
     kept: dict[str, Pod] = {}
     for pod in snapshot.pods.values():
         owner = _owner(pod, snapshot.factories)
-        if owner is not None:
+        gated = is_gated(pod)
+        # What has been let through stays a replica whatever is changed of it: it draws, under the charge that it has.
+        lacking = unwaiting(pod, workloads) if owner and (gated or pod.metadata.uid not in charged) else ""
+        if owner is not None and not lacking:
             replicas.append(Replica(pod, *owner))
+        elif owner is not None and gated:
+            unguarded.append((Replica(pod, *owner), lacking))
         elif unread and _factory_key(pod) in unread and pod.metadata.uid in charged:
             kept[pod.metadata.uid or ""] = pod
         elif pod.metadata.uid in charged:
@@ -272,7 +286,8 @@ def see(snapshot: Snapshot) -> World:
     }
     replicas.sort(key=lambda replica: (replica.pod.metadata.namespace or "", replica.name))
     strangers = {name: tuple(pods) for name, pods in foreign.items()}
-    return World(snapshot, tuple(replicas), hosts, strangers, kept)
+    unguarded.sort(key=lambda pair: (pair[0].pod.metadata.namespace or "", pair[0].name))
+    return World(snapshot, tuple(replicas), hosts, strangers, tuple(unguarded), kept)
 
 
 def _factory_key(pod: Pod) -> Key:
@@ -288,8 +303,9 @@ def _owner(pod: Pod, factories: Mapping[Key, TokenFactory]) -> tuple[TokenFactor
 
 
 def gpus_asked(pod: Pod) -> int:
-    asked = (container.resources.limits.get(names.GPU_RESOURCE, "0") for container in pod.spec.containers)
-    return sum(int(count) if count.isdigit() else 1 for count in asked)
+    """Init containers run before the others, and get GPUs of these."""
+    before = max((gpus_of(container) for container in pod.spec.init_containers), default=0)
+    return max(before, sum(gpus_of(container) for container in pod.spec.containers))
 
 
 def _gpu_node_names(snapshot: Snapshot) -> set[str]:

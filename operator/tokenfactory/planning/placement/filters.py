@@ -65,6 +65,17 @@ def _why_refused(_fleet: Fleet, _pod: PodRequest, blocked: BoolArray) -> Texts:
     return [(int(blocked.sum()), "refused before by the scheduler")]
 
 
+def _able(fleet: Fleet, pod: PodRequest) -> BoolArray:
+    if not pod.features:
+        return np.ones(fleet.count, dtype=np.bool_)
+    return np.array([pod.features <= node.features for node in fleet.nodes], dtype=np.bool_)
+
+
+def _why_not_able(fleet: Fleet, pod: PodRequest, blocked: BoolArray) -> Texts:
+    lacking = [", ".join(sorted(pod.features - fleet.nodes[i].features)) for i in _nodes(blocked)]
+    return _counted([f"whose kubelet does not declare {names}" for names in lacking])
+
+
 def _selected(fleet: Fleet, pod: PodRequest) -> BoolArray:
     return fleet.selected(pod)
 
@@ -185,6 +196,7 @@ def _rounded_up(milliwatts: int) -> str:
 STEADY: tuple[SteadyFilter, ...] = (
     SteadyFilter("NodesClosed", _open, _why_closed),
     SteadyFilter("NodesRefused", _not_refused, _why_refused),
+    SteadyFilter("KubeletTooOld", _able, _why_not_able),
     SteadyFilter("NoMatchingNode", _selected, _why_not_selected),
     SteadyFilter("UntoleratedTaint", _tolerated, _why_not_tolerated),
     SteadyFilter("NotAdmitted", _admitted, _why_not_admitted),

@@ -93,6 +93,8 @@ class NodeCandidate:
     """What its first pod costs besides its own GPUs: overhead of a sleeping node, limits not yet set in this boot."""
     replicas: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     """How many pods of each model it runs already."""
+    features: frozenset[str] = frozenset()
+    """What its kubelet declares that it can do."""
     closed: str = ""
     """Why nothing new may come here (not ready, cordoned, silent, quarantined), or empty."""
 
@@ -120,6 +122,8 @@ class PodRequest:
     spread: tuple[SpreadRule, ...] = ()
     not_on: frozenset[str] = frozenset()
     """Nodes that kube-scheduler refused, or that failed it before."""
+    features: frozenset[str] = frozenset()
+    """What the kubelet of its node must have declared: kube-scheduler binds it nowhere else."""
     resources: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     accounts: tuple[str, ...] = ()
     """Budgets charged besides the node's path, such as the factory's own."""

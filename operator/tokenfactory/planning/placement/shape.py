@@ -36,6 +36,7 @@ def shape_key(pod: PodRequest) -> tuple[object, ...]:
         pod.tolerations,
         pod.spread,
         pod.not_on,
+        pod.features,
         tuple(sorted(pod.resources.items())),
         pod.accounts,
         tuple(sorted(pod.refused.items())),

@@ -67,6 +67,8 @@ def _steady_violations(pod: PodRequest, node) -> list[str]:
     wrong = []
     if node.closed or node.name in pod.not_on:
         wrong.append(f"{pod.name} on closed or refused {node.name}")
+    if not pod.features <= node.features:
+        wrong.append(f"{pod.name} on {node.name}, which cannot run it")
     if any(node.labels.get(k) != v for k, v in pod.selector.items()):
         wrong.append(f"{pod.name} against its selector on {node.name}")
     if any(not any(t.tolerates(taint) for t in pod.tolerations) for taint in node.taints):

@@ -76,6 +76,11 @@ MUST = {
         "b",
     ),
     "a tolerated taint": ([node("a", taints=(Taint("x"),)), node("b")], pod(), "b"),
+    "a node whose kubelet can run it": (
+        [node("a"), node("b", features=frozenset({"x"}))],
+        pod(features=frozenset({"x"})),
+        "b",
+    ),
     "a node that kube-scheduler did not refuse": ([node("a"), node("b")], pod(not_on=frozenset({"a"})), "b"),
     "a node that is open": ([node("a", closed="quarantined: XID 79"), node("b")], pod(), "b"),
     "free CPU beside others' claims": (

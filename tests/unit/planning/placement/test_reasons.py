@@ -44,6 +44,12 @@ TOLD = {
         "InsufficientResources",
         "0/2 nodes: 1 refused before by the scheduler, 1 without 4000 of cpu",
     ),
+    "old kubelets": (
+        [node("a", features=frozenset({"x"})), node("b"), node("c", closed="fenced")],
+        pod(features=frozenset({"x", "y"})),
+        "KubeletTooOld",
+        "0/3 nodes: 1 fenced, 1 whose kubelet does not declare x, y, 1 whose kubelet does not declare y",
+    ),
     "spread": (
         [
             node("a", labels={"zone": "1"}, replicas={"team/chat/llama": 1}),
