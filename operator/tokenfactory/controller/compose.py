@@ -14,7 +14,7 @@ from tokenfactory.controller.actions import Action, ChargeNode, OpenGate, Plan, 
 from tokenfactory.controller.plan import bidding
 from tokenfactory.controller.plan.accounting import account
 from tokenfactory.controller.plan.books import Books
-from tokenfactory.controller.plan.choosing import choose
+from tokenfactory.controller.plan.choosing import choose, unguarded
 from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.learning import learn_profiles
 from tokenfactory.controller.plan.memory import Memory
@@ -101,7 +101,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions += replaced
     actions += less.actions
     actions += serve(world, less.staffing, options.workloads)
-    unplaced = (*choice.unplaced, *granting.waiting)
+    unplaced = (*choice.unplaced, *granting.waiting, *unguarded(world))
     books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent)
     actions += _tell(books)
     actions += _unread(snapshot.unread_factories, memory.unread)

@@ -9,6 +9,8 @@ from tokenfactory.api import names
 from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.bidding import model_hull, worthwhile
+from tokenfactory.controller.plan.classes import REASON as TOO_MANY
+from tokenfactory.controller.plan.classes import Classes
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.profiles import gpu_range
@@ -55,11 +57,6 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
         for replica in waiting.values()
         if replica.group in gathering
     ]
-    incomplete += [
-        Unplaced(replica, "Unguarded", f"it gets no GPUs, since it would not wait for their caps: {why}")
-        for replica, why in world.unguarded
-        if not replica.terminating
-    ]
     waiting = {name: replica for name, replica in waiting.items() if replica.group not in gathering}
     if not waiting:
         return Choice((), tuple(incomplete))
@@ -81,18 +78,34 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
         for host in world.hosts.values()
         if host.held and host.product
     )
-    alike: dict[tuple[Slot, frozenset[str]], PodRequest] = {}
+    classes = Classes(world, grid, ledger)
+    alike: dict[tuple[Slot, frozenset[str]], PodRequest | str] = {}
     pods = []
     for name, replica in sorted(waiting.items()):
         slot, features = (key_of(replica.factory), replica.model.name), _features(replica)
         if (slot, features) not in alike:
             asked = rooms.refuse(_request(world, grid, name, replica, ranges), replica)
-            alike[slot, features] = replace(asked, not_on=refused.nodes(slot), features=features)
-        pods.append(replace(alike[slot, features], name=name, gang=replica.group))
+            asked = replace(asked, not_on=refused.nodes(slot), features=features)
+            alike[slot, features] = classes.refuse(asked, replica)
+        like = alike[slot, features]
+        if isinstance(like, str):
+            incomplete.append(Unplaced(replica, TOO_MANY, like))
+        else:
+            pods.append(replace(like, name=name, gang=replica.group))
     plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
-    wishes, spent = rooms.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
+    known, crowded = classes.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
+    wishes, spent = rooms.admit(known)
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
-    return Choice(wishes, (*unplaced, *spent, *incomplete))
+    return Choice(wishes, (*unplaced, *spent, *crowded, *incomplete))
+
+
+def unguarded(world: World) -> tuple[Unplaced, ...]:
+    """Told like replicas that wait, and after them: a stranger's pod must not hide what a factory waits for."""
+    return tuple(
+        Unplaced(replica, "Unguarded", f"it gets no GPUs, since it would not wait for their caps: {why}")
+        for replica, why in world.unguarded
+        if not replica.terminating
+    )
 
 
 def _gathering(world: World) -> dict[str, str]:

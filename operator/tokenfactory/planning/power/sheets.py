@@ -17,6 +17,8 @@ from tokenfactory.api.cap_sheet import CapSheetSpec, ClassCap, EarlierCaps, Rene
 from tokenfactory.planning.power.governor import Allowance
 
 MOST_EARLIER: Final = 32
+MOST_EARLIER_BYTES: Final = 500_000
+"""With as much for `caps`, a sheet stays well below what etcd takes as one object."""
 
 Caps = Mapping[str, int]
 """Milliwatts per GPU by class."""
@@ -156,7 +158,7 @@ def _forget(present: CapSheetSpec, least_acked: int | None) -> tuple[tuple[Earli
 
 
 def _staircase(earlier: tuple[EarlierCaps, ...], present: Caps) -> tuple[EarlierCaps, ...]:
-    """Keeps, newest first, only what exceeds everything later; then merges the oldest until there are few enough."""
+    """Keeps, newest first, only what exceeds everything later; then merges the oldest until they are few and small enough."""
     later = dict(present)
     steps: list[EarlierCaps] = []
     for entry in reversed(earlier):
@@ -169,9 +171,18 @@ def _staircase(earlier: tuple[EarlierCaps, ...], present: Caps) -> tuple[Earlier
             later.update({cap.class_name: cap.cap for cap in caps})
             steps.append(EarlierCaps(through=entry.through, caps=caps))
     steps.reverse()
-    while len(steps) > MOST_EARLIER:
+    while len(steps) > MOST_EARLIER or (len(steps) > 1 and _bytes(steps) > MOST_EARLIER_BYTES):
         steps[:2] = [_merged(steps[0], steps[1])]
     return tuple(steps)
+
+
+def _bytes(steps: Iterable[EarlierCaps]) -> int:
+    return sum(class_bytes(cap.class_name) for step in steps for cap in step.caps)
+
+
+def class_bytes(name: str) -> int:
+    """At most, of one class in a sheet as JSON: its name, its cap and its fallback."""
+    return len(name) + 64
 
 
 def _merged(older: EarlierCaps, newer: EarlierCaps) -> EarlierCaps:

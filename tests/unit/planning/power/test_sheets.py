@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.planning.power.builders import a_domain, a_leadership, a_node, a_target
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.meta import ObjectMeta
+from tokenfactory.controller.plan.classes import MOST_BYTES, MOST_CLASSES
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import observe
 from tokenfactory.planning.power.lines import NodeFacts
 from tokenfactory.planning.power.publish import plan_sheets
-from tokenfactory.planning.power.sheets import MOST_EARLIER, History, caps_of, first_sheet, successor
+from tokenfactory.planning.power.sheets import (
+    MOST_EARLIER,
+    History,
+    caps_of,
+    class_bytes,
+    first_sheet,
+    successor,
+)
 
 CLASSES = ("a@H100", "b@H100", "c@H100")
 CAPS = st.dictionaries(st.sampled_from(CLASSES), st.integers(0, 5), max_size=3)
@@ -68,6 +78,19 @@ def test_what_is_published_never_goes_back_and_never_grows_without_end(steps, be
         assert throughs == sorted(set(throughs))
         assert len(throughs) <= MOST_EARLIER
         assert all(through < after.epoch for through in throughs)
+
+
+@pytest.mark.parametrize("length", [70, 253])
+def test_a_sheet_with_all_the_classes_it_may_have_stays_an_object_that_etcd_takes(length: int) -> None:
+    """Every cut is lower than the one before, and nobody answers: as much as can be to remember."""
+    count = min(MOST_CLASSES, MOST_BYTES // class_bytes("x" * length))
+    labels = [f"{number:04}".ljust(length, "x") for number in range(count)]
+    spec = the_first()
+    for milliwatts in range(700_000, 696_000, -1_000):
+        caps = {label: Allowance(milliwatts, 200_000) for label in labels}
+        spec = successor(spec, caps, term=1, hold_milliseconds=1)
+    assert len(msgspec.json.encode(spec)) < 1_100_000
+    assert History.of(spec).highest(2) == dict.fromkeys(labels, 700_000), "what is merged still counts"
 
 
 def test_a_staircase_of_more_than_32_steps_is_merged_upwards() -> None:
