@@ -79,10 +79,10 @@ SCENES = {
         Scene("there and back", (BEFORE, AFTER, BEFORE), NODES, TWO),
         Scene("a limit cut and raised", (BEFORE, LESS, BEFORE), NODES, TWO),
         Scene("succession", (BEFORE, AFTER), frozenset({"leader dies", "lose", "unanswered"}), TWO),
-        Scene("two leaders", ALIKE, frozenset({"deposed", "lose", "unanswered"}), ONE, gpus=2),
+        Scene("two leaders", ALIKE, frozenset({"deposed", "lose", "unanswered"}), ONE, 2, gpus=2),
         Scene("a late write", (BEFORE, AFTER, BEFORE), frozenset({"leader dies"}), TWO, whole=False),
         Scene("a sheet deleted", (BEFORE, AFTER), frozenset({"sheet deleted", "agent dies", "lose"}), TWO),
-        Scene("three nodes", CROWD, frozenset({"lose", "unanswered", "hold runs out"}), THREE),
+        Scene("three nodes", CROWD, frozenset({"lose", "unanswered", "hold runs out"}), THREE, 2),
     )
 }
 """Each that is `whole` ends because nothing is left to explore."""
