@@ -55,8 +55,8 @@ class LargeWorld(SmallWorld):
         self.racks = racks
 
     def others(self) -> None:
-        self._deploy()
-        self._run_pods()
+        self.deploy()
+        self.run_pods()
         self._obey()
         self.now += timedelta(seconds=2)
 

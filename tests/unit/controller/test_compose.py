@@ -187,7 +187,7 @@ def test_replicas_that_outlive_their_factory_are_charged_as_what_they_are(world:
     for _ in range(2):
         assert world.plan().books.ledger.charge("hall") <= before
         world.operate()
-        world._beat()
+        world.beat()
 
 
 def test_a_stranger_that_only_the_agent_sees_makes_its_node_charged_for_a_reboot(world: SmallWorld):

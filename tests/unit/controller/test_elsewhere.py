@@ -77,7 +77,7 @@ def test_a_short_refusal_is_waited_for():
     world.refusing = {}
     for pod in unbound:
         world.others()
-        world._schedule(
+        world.schedule(
             world.objects[Pod]["inference", pod.metadata.name],
             world.plan().books.world.granted_on[pod.metadata.uid],
         )

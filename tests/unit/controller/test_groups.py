@@ -69,8 +69,8 @@ def group(world: SmallWorld, only: int | None = None, number: int = 0) -> None:
 
 def live(world: SmallWorld, rounds: int = 12) -> None:
     for _ in range(rounds):
-        world._run_pods()
-        world._beat()
+        world.run_pods()
+        world.beat()
         world.operate()
 
 

@@ -39,7 +39,7 @@ Spec = dict[str, Any]
 class Visited(SmallWorld):
     """A tenant has made a pod of its own; no controller but ours looks at it."""
 
-    def _deploy(self) -> None:
+    def deploy(self) -> None:
         """Everything is deployed."""
 
 
@@ -158,7 +158,7 @@ def test_a_pod_that_is_changed_while_it_is_charged_loses_its_charge_and_stays_ga
     visit(world, LIKE_OURS["as it is"])
     while "uid-mine" not in grants(world):
         world.operate()
-        world._beat()
+        world.beat()
     assert not opened(world)
     visit(world, UNLIKE["another image"][0])
     live(world)

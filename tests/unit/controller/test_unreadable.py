@@ -135,7 +135,7 @@ def test_a_pod_of_an_unreadable_factory_that_ends_gives_its_watts_back():
     gone = world.ready_pods()[0]
     del world.objects[Pod]["inference", gone.metadata.name]
     world.objects[Deployment].clear()
-    world._deploy = lambda: None  # nobody replaces it
+    world.deploy = lambda: None  # nobody replaces it
     world.settle()
     assert gone.metadata.uid not in {
         grant.uid for node in world.objects[GPUNode].values() for grant in node.spec.pods
