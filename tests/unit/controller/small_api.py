@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import yaml
+from tests.unit.controller.manifests import Manifest
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode
@@ -38,8 +39,11 @@ class SmallApi:
         self.version = 0
         self.objects: dict[type, dict[tuple[str, str], Any]] = {kind: {} for kind in KINDS}
 
-    def apply(self, text: str) -> None:
-        for raw in yaml.safe_load_all(text):
+    def apply(self, *manifests: Manifest | str) -> None:
+        """Objects as `manifests` builds them, or YAML as a person writes it."""
+        texts = [each for each in manifests if isinstance(each, str)]
+        built = [each for each in manifests if not isinstance(each, str)]
+        for raw in (*built, *(each for text in texts for each in yaml.safe_load_all(text))):
             kind = APPLIED[raw["kind"]]
             obj = msgspec.convert(raw, kind)
             held = self.objects[kind].get(key_of(obj))

@@ -7,8 +7,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from typing import Self
 
 import msgspec
+from tests.unit.controller.manifests import Manifest
 from tests.unit.controller.small_agent import H100, Agent
 from tests.unit.controller.small_api import key_of
 from tests.unit.controller.small_cluster import SmallCluster
@@ -42,6 +44,15 @@ class SmallWorld(SmallCluster):
         self.events: list[tuple[str, str]] = []
         self.memory = Memory()
         self.before_write: Callable[[act.Action], None] = lambda _: None
+
+    @classmethod
+    def of(cls, nodes: int, *manifests: Manifest) -> Self:
+        """Nodes n0, n1 and so on, and what people have applied; nobody has acted yet."""
+        world = cls()
+        for number in range(nodes):
+            world.add_node(f"n{number}")
+        world.apply(*manifests)
+        return world
 
     def fork(self) -> "SmallWorld":
         """A world that goes on from here by itself."""
@@ -167,6 +178,17 @@ class SmallWorld(SmallCluster):
                 self.put(msgspec.structs.replace(current, status=status))
             case act.Tell(_, reason, message):
                 self.events.append((reason, message))
+
+    def rounds(self, count: int) -> None:
+        """Everybody else and then the operator, so many times."""
+        for _ in range(count):
+            self.others()
+            self.operate()
+
+    def live(self, seconds: float) -> None:
+        until = self.now + timedelta(seconds=seconds)
+        while self.now < until:
+            self.rounds(1)
 
     def settle(
         self, most_rounds: int = 80, each_round: Callable[["SmallWorld"], None] = lambda _: None

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api.gpu_node import GPUNode
@@ -13,22 +14,11 @@ from tokenfactory.controller.compose import compose
 from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.kube.objects import Pod
 
-DOMAIN = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: %s, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: %s, namespace: %s}
-spec:
-  power: {domain: hall}
-  models:
-  - {name: llama, nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}, gpusPerReplica: 4, replicas: {min: %d, max: 2}}
-"""
 BAD = ("red", "bad")
+
+
+def chat(name: str, namespace: str, least: int = 1) -> Manifest:
+    return factory(model(replicas=(least, 2)), name=name, namespace=namespace)
 
 
 class Failing(SmallWorld):
@@ -53,29 +43,18 @@ class Failing(SmallWorld):
 
 @pytest.fixture
 def world() -> Failing:
-    made = Failing()
-    for number in range(3):
-        made.add_node(f"n{number}")
-    made.apply(DOMAIN % "30kW")
-    made.apply(FACTORY % ("bad", "red", 1))
-    made.apply(FACTORY % ("good", "blue", 1))
+    made = Failing.of(3, hall("30kW"), chat("bad", "red"), chat("good", "blue"))
     made.settle()
     assert len(made.ready_pods()) == 2
     return made
 
 
-def rounds(world: SmallWorld, count: int) -> None:
-    for _ in range(count):
-        world.others()
-        world.operate()
-
-
 def test_the_others_are_planned_for_and_limits_are_cut(world: Failing):
     before = {pod.metadata.uid for pod in world.ready_pods()}
     world.bad = {BAD}
-    world.apply(DOMAIN % "9kW")
-    world.apply(FACTORY % ("good", "blue", 2))
-    rounds(world, 20)
+    world.apply(hall("9kW"))
+    world.apply(chat("good", "blue", least=2))
+    world.rounds(20)
     assert world.drawing()["hall"] <= 9_000_000
     assert before <= {pod.metadata.uid for pod in world.ready_pods()}, "pods of the bad one stay"
     status = world.objects[PowerDomain]["", "hall"].status
@@ -91,25 +70,25 @@ def test_the_others_are_planned_for_and_limits_are_cut(world: Failing):
 
 def test_it_is_tried_again_once_it_changes_and_after_a_while(world: Failing):
     world.bad = {BAD}
-    rounds(world, 3)
+    world.rounds(3)
     world.plans = 0
-    rounds(world, 5)
+    world.rounds(5)
     assert world.plans == 5, "it is not looked for again while it is as it was"
     world.bad = set()
     held = world.objects[TokenFactory][BAD]
     world.put(msgspec.structs.replace(held, spec=held.spec), new_generation=True)
     assert BAD in world.plan().books.world.snapshot.factories
     world.bad = {BAD}
-    rounds(world, 1)
+    world.rounds(1)
     assert BAD not in world.plan().books.world.snapshot.factories
     world.bad = set()
-    rounds(world, barring.AGAIN_MILLISECONDS // 2000 + 1)
+    world.rounds(barring.AGAIN_MILLISECONDS // 2000 + 1)
     assert BAD in world.plan().books.world.snapshot.factories
 
 
 def test_many_bad_ones_end_up_left_out_and_the_good_one_stays(world: Failing):
     for number in range(barring.MOST_IN_A_ROUND + 2):
-        world.apply(FACTORY % (f"bad{number}", "red", 1))
+        world.apply(chat(f"bad{number}", "red"))
     world.bad = {key for key in world.objects[TokenFactory] if key[0] == "red"}
     world.operate()
     seen = world.plan().books.world.snapshot.factories

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import hall
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 from tests.unit.controller.test_compose import SITE
 
@@ -13,11 +14,7 @@ from tokenfactory.planning.power.ledger import observe
 
 @pytest.fixture
 def world() -> SmallWorld:
-    world = SmallWorld()
-    for number in range(3):
-        world.add_node(f"n{number}")
-    world.apply(SITE)
-    return world
+    return SmallWorld.of(3, *SITE)
 
 
 def test_each_round_plans_the_same_with_and_without_the_ledger_of_the_last(world: SmallWorld):
@@ -26,7 +23,7 @@ def test_each_round_plans_the_same_with_and_without_the_ledger_of_the_last(world
         if number == 12:
             world.agents["n1"].alive = False
         if number == 20:
-            world.apply(SITE.replace("30kW", "15kW").split("---")[0])
+            world.apply(hall("15kW"))
         kept = world.plan()
         afresh = compose(
             world.snapshot(),

@@ -2,31 +2,13 @@
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.objects import Deployment
 from tokenfactory.controller.plan import classes
-
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 60kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: %s, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 1
-    replicas: {min: %s, max: %s}
-"""
 
 
 def ready(world: SmallWorld, name: str) -> tuple[str, str]:
@@ -36,17 +18,14 @@ def ready(world: SmallWorld, name: str) -> tuple[str, str]:
 
 
 def wants(world: SmallWorld, name: str, count: int) -> None:
-    world.apply(FACTORY % (name, count, count))
+    world.apply(factory(model(gpus=1, replicas=(count, count)), name=name))
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> SmallWorld:
     """Room for idle GPUs and two models."""
     monkeypatch.setattr(classes, "MOST_CLASSES", 3)
-    world = SmallWorld()
-    for number in range(2):
-        world.add_node(f"n{number}")
-    world.apply(HALL)
+    world = SmallWorld.of(2, hall("60kW"))
     world.settle()
     return world
 

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.gpu_node import GPUNode
@@ -12,32 +13,12 @@ from tokenfactory.controller import actions as act
 from tokenfactory.controller.cutting import cuts
 from tokenfactory.kube.objects import Pod
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 30kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 4
-    replicas: {min: 3, max: 8}
-"""
+SITE = (hall("30kW"), factory(model(replicas=(3, 8))))
 
 
 @pytest.fixture
 def world() -> SmallWorld:
-    world = SmallWorld()
-    for number in range(4):
-        world.add_node(f"n{number}")
-    world.apply(SITE)
-    return world
+    return SmallWorld.of(4, *SITE)
 
 
 def draw(world: SmallWorld) -> int:
@@ -51,23 +32,21 @@ def draw(world: SmallWorld) -> int:
     return total
 
 
-def factory(world: SmallWorld) -> TokenFactory:
+def chat_of(world: SmallWorld) -> TokenFactory:
     return next(iter(world.objects[TokenFactory].values()))
 
 
-def domain(world: SmallWorld) -> PowerDomain:
+def hall_of(world: SmallWorld) -> PowerDomain:
     return next(iter(world.objects[PowerDomain].values()))
 
 
 def test_a_factory_comes_up_and_then_nothing_is_written(world: SmallWorld):
     world.settle()
     assert len(world.ready_pods()) == 3
-    assert factory(world).status.ready == "3/3"
-    assert {c.type: c.status for c in factory(world).status.conditions}["Ready"] == "True"
+    assert chat_of(world).status.ready == "3/3"
+    assert {c.type: c.status for c in chat_of(world).status.conditions}["Ready"] == "True"
     before = len(world.writes)
-    for _ in range(5):
-        world.others()
-        world.operate()
+    world.rounds(5)
     assert len(world.writes) == before
 
 
@@ -105,13 +84,10 @@ def test_an_operator_killed_after_any_write_ends_where_the_others_do(world: Smal
         world.others()
         world.operate(most_writes=writes)
     world.settle()
-    fresh = SmallWorld()
-    for number in range(4):
-        fresh.add_node(f"n{number}")
-    fresh.apply(SITE)
+    fresh = SmallWorld.of(4, *SITE)
     fresh.settle()
-    assert factory(world).status.ready == factory(fresh).status.ready
-    assert domain(world).status.charge == domain(fresh).status.charge
+    assert chat_of(world).status.ready == chat_of(fresh).status.ready
+    assert hall_of(world).status.charge == hall_of(fresh).status.charge
 
 
 def test_a_lost_node_stays_charged_and_its_replica_starts_elsewhere(world: SmallWorld):
@@ -124,23 +100,23 @@ def test_a_lost_node_stays_charged_and_its_replica_starts_elsewhere(world: Small
         world.operate()
         assert draw(world) <= 30_000_000
     assert world.plan().books.ledger.node_charge(victim) >= charged_before
-    assert domain(world).status.lost_nodes == 1
+    assert hall_of(world).status.lost_nodes == 1
     running = [pod for pod in world.ready_pods() if not pod.metadata.deletion_timestamp]
     assert len(running) == 3
     assert victim not in {pod.spec.node_name for pod in running}
-    assert {incident.node for incident in factory(world).status.incidents} == {victim}
+    assert {incident.node for incident in chat_of(world).status.incidents} == {victim}
 
 
 def test_a_cut_lowers_at_once_and_a_raise_comes_back(world: SmallWorld):
     world.settle()
-    world.apply(SITE.replace("30kW", "14kW").split("---")[0])
+    world.apply(hall("14kW"))
     world.others()
     world.operate()
     world.others()
     assert draw(world) <= 14_000_000
     world.settle()
     assert draw(world) <= 14_000_000 * 97 // 100
-    world.apply(SITE.split("---", maxsplit=1)[0])
+    world.apply(hall("30kW"))
     world.settle()
     serving = [
         gpu.enforced_milliwatts for n in world.objects[GPUNode].values() for gpu in n.status.gpus if gpu.pod
@@ -149,9 +125,9 @@ def test_a_cut_lowers_at_once_and_a_raise_comes_back(world: SmallWorld):
 
 
 def test_a_factory_whose_domain_is_missing_says_so(world: SmallWorld):
-    world.apply(SITE.replace("domain: hall}", "domain: attic}").split("---")[1])
+    world.apply(factory(model(replicas=(3, 8)), power={"domain": "attic"}))
     world.settle()
-    ready = {c.type: c for c in factory(world).status.conditions}["Ready"]
+    ready = {c.type: c for c in chat_of(world).status.conditions}["Ready"]
     assert ready.status == "False"
     assert "attic does not exist" in ready.message
 
@@ -159,7 +135,7 @@ def test_a_factory_whose_domain_is_missing_says_so(world: SmallWorld):
 def test_the_cut_path_lowers_the_root_alone_and_looks_at_no_node(world: SmallWorld):
     world.settle()
     last = world.plan()
-    world.apply(SITE.replace("30kW", "14kW").split("---")[0])
+    world.apply(hall("14kW"))
     snapshot = world.snapshot()
     lower = cuts(last, snapshot.domains, snapshot.sheets, world.now)
     assert [action.spec.domain for action in lower] == ["hall"]
@@ -174,7 +150,7 @@ def test_the_cut_path_lowers_the_root_alone_and_looks_at_no_node(world: SmallWor
 def test_the_cut_path_is_silent_when_a_limit_rises_or_stays(world: SmallWorld):
     world.settle()
     last = world.plan()
-    world.apply(SITE.replace("30kW", "40kW").split("---")[0])
+    world.apply(hall("40kW"))
     snapshot = world.snapshot()
     assert cuts(last, snapshot.domains, snapshot.sheets, world.now) == []
 
@@ -212,9 +188,8 @@ def test_beside_a_stranger_every_replica_that_fits_gets_its_watts():
     world = SmallWorld()
     for number in range(4):
         world.add_node(f"n{number}", gpus=4)
-    site = SITE.replace("30kW", "14kW").replace("nodeOverhead: 1kW", "nodeOverhead: 800W")
-    site = site.replace("meta/llama:", "meta/llama-3.1-8b:").replace("gpusPerReplica: 4", "gpusPerReplica: 2")
-    world.apply(site.replace("min: 3, max: 8", "min: 1, max: 8"))
+    small = model(image="llama-3.1-8b", gpus=2, replicas=(1, 8))
+    world.apply(hall("14kW", nodeOverhead="800W"), factory(small))
     world.settle()
     stranger = msgspec.convert(
         {
@@ -228,10 +203,10 @@ def test_beside_a_stranger_every_replica_that_fits_gets_its_watts():
     )
     world.put(stranger)
     world.settle()
-    world.apply(site.replace("min: 3, max: 8", "min: 7, max: 8"))
+    world.apply(factory({**small, "replicas": {"min": 7, "max": 8}}))
     for _ in range(40):
         world.others()
         world.operate()
         assert draw(world) <= 14_000_000
     mine = [pod for pod in world.ready_pods() if pod.metadata.name != "stranger"]
-    assert len(mine) == 7, factory(world).status.waiting
+    assert len(mine) == 7, chat_of(world).status.waiting

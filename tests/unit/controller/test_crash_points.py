@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from tests.unit.controller import manifests
+from tests.unit.controller.manifests import LLAMA_8B, Manifest, domain, rack
 from tests.unit.controller.outcome import outcome
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
@@ -18,49 +20,20 @@ from tokenfactory.controller import compose
 from tokenfactory.controller.plan.domains import lay_out
 from tokenfactory.controller.plan.world import see
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: %(limit)s, nodeOverhead: 500W}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: rack-a}
-spec: {parent: hall, limit: 4kW, nodeSelector: {matchLabels: {rack: a}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: rack-b}
-spec: {parent: hall, limit: 4kW, nodeSelector: {matchLabels: {rack: b}}}
-"""
-MODEL = """
-  - name: %(name)s
-    nim: {image: "nvcr.io/nim/meta/llama-3.1-8b-instruct:%(image)s"}
-    gpusPerReplica: 1
-    replicas: {min: %(replicas)s, max: 8}
-    band: %(band)s"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: %s, namespace: inference}
-spec:
-  power: {domain: hall}
-  models: """
-
 Step = Callable[[SmallWorld], None]
 
 
 def site(limit: str = "6kW") -> Step:
-    return lambda world: world.apply(SITE % {"limit": limit})
+    parts = (domain("hall", limit, nodeOverhead="500W"), rack("a", "4kW"), rack("b", "4kW"))
+    return lambda world: world.apply(*parts)
 
 
-def model(name: str = "small", *, image: str = "1.8.0", replicas: int = 3, band: int = 10) -> str:
-    return MODEL % {"name": name, "image": image, "replicas": replicas, "band": band}
+def model(name: str = "small", *, tag: str = "1.8.0", replicas: int = 3, band: int = 10) -> Manifest:
+    return manifests.model(name, image=LLAMA_8B, tag=tag, gpus=1, replicas=(replicas, 8), band=band)
 
 
-def factory(*models: str, name: str = "chat") -> Step:
-    return lambda world: world.apply(FACTORY % name + "".join(models or (model(),)))
+def factory(*models: Manifest, name: str = "chat") -> Step:
+    return lambda world: world.apply(manifests.factory(*(models or (model(),)), name=name))
 
 
 def node(name: str, rack: str) -> Step:
@@ -101,8 +74,8 @@ STORIES = {
     "node loss": Story((*THREE, site(), factory()), (dies,)),
     "rollout": Story(
         (*THREE, site(), factory()),
-        (factory(model(image="1.9.0")),),
-        (*THREE, site(), factory(model(image="1.9.0"))),
+        (factory(model(tag="1.9.0")),),
+        (*THREE, site(), factory(model(tag="1.9.0"))),
     ),
     "deletion": Story((*THREE, site(), factory()), (deleted,), (*THREE, site())),
     "move": Story(

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.cap_sheet import CapSheet
@@ -16,16 +17,16 @@ from tokenfactory.controller.cutting import Cutter
 from tokenfactory.planning.power.sheets import caps_of
 
 
-def hall(limit: str) -> PowerDomain:
+def limited(limit: str) -> PowerDomain:
     return msgspec.convert({"metadata": ObjectMeta(name="hall"), "spec": {"limit": limit}}, PowerDomain)
 
 
 def test_a_limit_that_rose_for_a_moment_only_leaves_no_raise_behind():
-    domains = {("", "hall"): hall("100kW")}
+    domains = {("", "hall"): limited("100kW")}
     cutter = Cutter(lambda: domains, dict, None)  # type: ignore[arg-type]
 
     def change(limit: str) -> None:
-        domains["", "hall"] = hall(limit)
+        domains["", "hall"] = limited(limit)
         cutter.domain_changed()
 
     cutter.domain_changed()
@@ -45,42 +46,17 @@ def test_a_limit_that_rose_for_a_moment_only_leaves_no_raise_behind():
     assert cutter.generation() != again, "a domain that is gone hands out nothing"
 
 
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec:
-  limit: %s
-  nodeOverhead: 1kW
-  nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}
-"""
-EVENING = """\
-  timetable: [{name: evening, start: "17:00", end: "20:00", timeZone: UTC, limit: 50%%}]
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 4
-    replicas: {min: 4, max: 4}
-"""
+EVENING = {"name": "evening", "start": "17:00", "end": "20:00", "timeZone": "UTC", "limit": "50%"}
 
 
 class Site:
     """A world at full caps with a cutter on it. `refusals` are answered before the first cut is taken."""
 
-    def __init__(self, timetable: str = "") -> None:
-        self.world = SmallWorld()
-        for number in range(2):
-            self.world.add_node(f"n{number}")
-        self.timetable = timetable
+    def __init__(self, *windows: dict[str, str]) -> None:
+        self.world = SmallWorld.of(2)
+        self.windows = windows
         self.limit("20kW")
-        self.world.apply(FACTORY)
+        self.world.apply(factory(model(replicas=(4, 4))))
         self.world.settle()
         self.refusals = 0
         self.attempts = 0
@@ -94,7 +70,7 @@ class Site:
         )
 
     def limit(self, watts: str) -> None:
-        self.world.apply(HALL % watts + (self.timetable % ()))
+        self.world.apply(hall(watts, timetable=self.windows))
 
     @property
     def cap(self) -> int:

@@ -6,42 +6,22 @@ from dataclasses import replace
 from datetime import timedelta
 
 import msgspec
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.sheets import caps_of
 
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec:
-  limit: 12kW
-  nodeOverhead: 1kW
-  nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}
-  timetable: [{name: noon, start: "12:00", end: "14:00", limit: 50%}]
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama-70b:1.8.0"}
-    gpusPerReplica: 4
-    band: 100
-    replicas: {min: 2, max: 2}
-"""
+
+def hall_with_a_window(start: str) -> Manifest:
+    window = {"name": "noon", "start": start, "end": "14:00", "limit": "50%"}
+    return hall("12kW", timetable=[window])
 
 
 def a_world() -> SmallWorld:
-    world = SmallWorld()
-    world.add_node("a")
-    world.apply(HALL)
-    world.apply(FACTORY)
+    world = SmallWorld.of(1, hall_with_a_window("12:00"))
+    world.apply(factory(model(image="llama-70b", band=100, replicas=(2, 2))))
     world.settle()
     return world
 
@@ -49,7 +29,7 @@ def a_world() -> SmallWorld:
 def test_a_taint_is_worth_nothing_before_the_agent_has_capped_the_node_once() -> None:
     """A stranger that was being bound when the taint landed would start at the default limit."""
     world = a_world()
-    node = world.objects[GPUNode]["", "a"]
+    node = world.objects[GPUNode]["", "n0"]
     gpus = tuple(
         msgspec.structs.replace(gpu, pod="", pod_uid="", enforced_milliwatts=700_000)
         for gpu in node.status.gpus
@@ -59,7 +39,7 @@ def test_a_taint_is_worth_nothing_before_the_agent_has_capped_the_node_once() ->
         spec = msgspec.structs.replace(node.spec, pods=())
         told = msgspec.structs.replace(node.status, gpus=gpus, **status)
         world.put(msgspec.structs.replace(node, spec=spec, status=told))
-        return world.plan().books.ledger.node_charge("a")
+        return world.plan().books.ledger.node_charge("n0")
 
     assert charge(capped=False, applied=()) == 1_000_000 + 8 * 700_000
     # After a reboot nothing starts before caps are read back, so what stood before still bounds it.
@@ -91,7 +71,7 @@ def test_a_clock_that_is_set_ends_no_window_of_a_timetable() -> None:
 
 def test_a_window_that_begins_by_the_doubted_time_is_looked_at_when_it_does() -> None:
     world = a_world()
-    world.apply(HALL.replace("12:00", "13:00"))
+    world.apply(hall_with_a_window("13:00"))
     world.now = world.now.replace(hour=12, minute=59)
     world.others()
     world.memory = world.plan().memory

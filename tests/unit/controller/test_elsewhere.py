@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
@@ -15,32 +16,13 @@ from tokenfactory.controller.plan.world import GpuHost, World, see
 from tokenfactory.kube.objects import Container, Node, NodeStatus, Pod, PodSpec, ResourceRequirements
 from tokenfactory.planning.recovery.incidents import failures
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 60kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  recovery: {quarantineAfter: 2}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 4
-    replicas: {min: 2, max: 2}
-"""
+
+def chat(**recovery: object) -> Manifest:
+    return factory(model(replicas=(2, 2)), recovery=recovery)
 
 
 def site(nodes: int = 3) -> SmallWorld:
-    world = SmallWorld()
-    for number in range(nodes):
-        world.add_node(f"n{number}")
-    world.apply(SITE)
-    return world
+    return SmallWorld.of(nodes, hall("60kW"), chat(quarantineAfter=2))
 
 
 def where(world: SmallWorld) -> set[str]:
@@ -69,9 +51,7 @@ def test_a_short_refusal_is_waited_for():
     """The pod that was there before may still hold its GPUs for kube-scheduler."""
     world = site()
     world.refusing = dict.fromkeys(("n0", "n1", "n2"), "Insufficient nvidia.com/gpu")
-    for _ in range(4):
-        world.others()
-        world.operate()
+    world.rounds(4)
     unbound = [pod for pod in world.objects[Pod].values() if not pod.spec.scheduling_gates]
     assert unbound
     world.refusing = {}
@@ -88,15 +68,11 @@ def test_a_short_refusal_is_waited_for():
 def test_when_every_node_is_refused_people_are_told_and_later_it_is_tried_again():
     world = site(1)
     world.refusing = {"n0": "0/1 nodes are available: 1 Insufficient cpu"}
-    for _ in range(40):
-        world.others()
-        world.operate()
+    world.rounds(40)
     ready = {c.type: c for c in world.objects[TokenFactory]["inference", "chat"].status.conditions}["Ready"]
     assert (ready.status, ready.reason) == ("False", "NodesRefused")
     world.refusing = {}
-    for _ in range(400):
-        world.others()
-        world.operate()
+    world.rounds(400)
     assert len(world.ready_pods()) == 2
 
 
@@ -104,9 +80,7 @@ def test_what_no_node_can_give_is_tried_ever_more_seldom():
     """Each try is a pod, charges and new sheets for everybody."""
     world = site(20)
     world.refusing = dict.fromkeys(world.agents, "persistentvolumeclaim model-cache not found")
-    for _ in range(250):
-        world.others()
-        world.operate()
+    world.rounds(250)
     replaced = sum(isinstance(each, act.DeletePod) for each in world.writes)
     assert 4 <= replaced <= 12, "in eight minutes, of two replicas"
 
@@ -156,9 +130,7 @@ def test_free_gpus_are_those_that_a_pod_could_get(
 def lose(world: SmallWorld, name: str) -> None:
     """Its agent dies for long enough that its pods restart elsewhere, and comes back."""
     world.agents[name].alive = False
-    for _ in range(20):
-        world.others()
-        world.operate()
+    world.rounds(20)
     world.agents[name].alive = True
     world.settle()
 
@@ -193,22 +165,17 @@ def test_a_node_that_keeps_failing_gets_no_new_work_until_a_person_clears_it():
     assert world.objects[GPUNode]["", bad].spec.quarantine is None, "what it did before was looked at"
 
 
-HASTY = SITE.replace("quarantineAfter: 2", "detectAfter: %s, quarantineAfter: 1")
-
-
 def test_a_hasty_factory_takes_no_node_from_others_by_a_late_heartbeat():
     world = site(2)
-    world.apply(HASTY % "1s")
-    for _ in range(20):
-        world.others()
-        world.operate()
+    world.apply(chat(detectAfter="1s", quarantineAfter=1))
+    world.rounds(20)
     assert world.objects[TokenFactory]["inference", "chat"].status.incidents, "it looked lost to this factory"
     assert not [node for node in world.objects[GPUNode].values() if node.spec.quarantine]
 
 
 def test_a_node_that_stays_silent_fails_for_a_hasty_factory_too():
     world = site(8)
-    world.apply(HASTY % "5s")
+    world.apply(chat(detectAfter="5s", quarantineAfter=1))
     world.settle()
     bad = min(where(world))
     lose(world, bad)

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import H100, SmallWorld
 
 from tokenfactory.api.gpu_node import GPUNode, PodMeter
@@ -11,34 +12,15 @@ from tokenfactory.api.meta import Condition
 from tokenfactory.api.token_factory import TokenFactory
 
 H200 = "NVIDIA H200"
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 60kW, fixedLoad: 6kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  efficiency: {tokensPerJoule: "%s", scope: %s}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/example/unmeasured:1.8.0"}
-    gpusPerReplica: 8
-    replicas: {min: %d, max: 2}
-"""
 
 
 class Site:
     """Two replicas on two nodes, one of another product; agents say what a test wants them to have counted."""
 
     def __init__(self, target: str, *, scope: str = "GPU", least: int = 2) -> None:
-        self.world = SmallWorld()
-        self.world.add_node("n0")
-        self.world.add_node("n1")
-        self.world.apply(SITE % (target, scope, least))
+        unmeasured = model(nim={"image": "nvcr.io/nim/example/unmeasured:1.8.0"}, gpus=8, replicas=(least, 2))
+        wanted = {"tokensPerJoule": target, "scope": scope}
+        self.world = SmallWorld.of(2, hall("60kW", fixedLoad="6kW"), factory(unmeasured, efficiency=wanted))
         self.world.settle()
         node = self.world.objects[GPUNode]["", "n1"]
         gpus = tuple(

@@ -4,6 +4,8 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from tests.unit.controller import manifests
+from tests.unit.controller.manifests import LLAMA_70B, Manifest, domain, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api import names
@@ -12,43 +14,23 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.snapshot import Snapshot
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: site}
-spec: {limit: 60kW, reserve: 0%, nodeOverhead: 1kW}
-"""
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall-%(hall)s}
-spec:
-  parent: site
-  limit: 30kW
-  reserve: 0%%
-  nodeSelector: {matchLabels: {hall: %(hall)s}}
-  admits:
-  - {namespaceSelector: {matchLabels: {team: inference}}%(budget)s}
-  - {namespaceSelector: {matchLabels: {team: others}}}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: %(name)s, namespace: %(namespace)s}
-spec:
-  power: {domain: %(domain)s}
-  models:
-  - {name: llama, band: 100, nim: {image: "nvcr.io/nim/meta/llama-3.3-70b-instruct:1.8.0"}, gpusPerReplica: 4, slo: {interTokenLatency: 50ms}, replicas: {min: %(replicas)s, max: %(replicas)s}}
-"""
 GRANT = "hall-a's spec.admits[0]"
 
 
-def hall(name: str, budget: str = "") -> str:
-    return HALL % {"hall": name, "budget": f", budget: {budget}" if budget else ""}
+def hall(name: str, budget: str | None = None) -> Manifest:
+    admits: list[Manifest] = [
+        {"namespaceSelector": {"matchLabels": {"team": team}}} for team in ("inference", "others")
+    ]
+    if budget is not None:
+        admits[0]["budget"] = budget
+    nodes = {"matchLabels": {"hall": name}}
+    return domain(f"hall-{name}", "30kW", parent="site", reserve="0%", nodeSelector=nodes, admits=admits)
 
 
-def factory(name: str, namespace: str = "inference", domain: str = "hall-a", replicas: int = 2) -> str:
-    return FACTORY % {"name": name, "namespace": namespace, "domain": domain, "replicas": replicas}
+def factory(name: str, namespace: str = "inference", where: str = "hall-a", replicas: int = 2) -> Manifest:
+    slo = {"interTokenLatency": "50ms"}
+    llama = model(image=LLAMA_70B, band=100, slo=slo, replicas=(replicas, replicas))
+    return manifests.factory(llama, name=name, namespace=namespace, power={"domain": where})
 
 
 @pytest.fixture
@@ -60,8 +42,7 @@ def world() -> SmallWorld:
     world.label_namespace("inference", team="inference")
     world.label_namespace("research", team="inference")
     world.label_namespace("guests", team="others")
-    world.apply(SITE)
-    world.apply(hall("b"))
+    world.apply(domain("site", "60kW", reserve="0%", nodeOverhead="1kW"), hall("b"))
     return world
 
 
@@ -103,7 +84,7 @@ def test_the_factories_of_a_grant_share_its_watts_in_its_domain_and_others_do_no
     world.apply(factory("chat", replicas=1))
     world.apply(factory("search", "research", replicas=1))
     world.apply(factory("free", "guests", replicas=1))
-    world.apply(factory("away", domain="hall-b", replicas=1))
+    world.apply(factory("away", where="hall-b", replicas=1))
     live(world, 120, budget=4_000_000)
     assert serving(world, "inference") == 2
     assert serving(world, "research") == serving(world, "guests") == 1

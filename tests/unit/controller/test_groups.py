@@ -1,9 +1,11 @@
 """Models that span nodes: a LeaderWorkerSet where there is one to have, else words that say what to install."""
 
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
@@ -19,31 +21,18 @@ from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.world import see
 from tokenfactory.kube.objects import Pod, SchedulingGate
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 40kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - {name: huge, nim: {image: "nvcr.io/nim/meta/llama-3.1-405b-instruct:1.8.0"}, gpusPerReplica: 8, nodesPerReplica: 2, replicas: {min: 1, max: 2}}
-"""
 KEY = ("inference", "chat-huge")
 GROUP = ("inference", "chat-huge-group")
 
 
+def huge(**changed: Any) -> Manifest:
+    wanted = {"image": "llama-3.1-405b-instruct", "gpus": 8, "nodesPerReplica": 2, "replicas": (1, 2)}
+    return model("huge", **{**wanted, **changed})
+
+
 @pytest.fixture
 def world() -> SmallWorld:
-    world = SmallWorld()
-    for number in range(3):
-        world.add_node(f"n{number}")
-    world.apply(SITE)
-    return world
+    return SmallWorld.of(3, hall("40kW"), factory(huge()))
 
 
 def status(world: SmallWorld):
@@ -122,14 +111,14 @@ def test_where_watts_are_there_for_half_a_group_none_of_it_is_charged(world: Sma
     live(world, 3)
     group(world)
     live(world)
-    world.apply(SITE.replace("replicas: {min: 1", "replicas: {min: 2"))
+    world.apply(factory(huge(replicas=(2, 2))))
     group(world, number=1)
     seen, books, ledger = books_of(world)
     wishes = list(choose(seen, books, ledger, Refusals()).wishes)
     assert len(wishes) == 2
     for more_pods, granted in ((1.5, 0), (2.5, 2)):
         limit = ledger.charge("hall") / 0.97 + more_pods * 8 * (688_000 - 200_000)
-        world.apply(SITE.replace("40kW", f"{limit / 1000:.0f}W").split("---")[0])
+        world.apply(hall(f"{limit / 1000:.0f}W"))
         seen, books, ledger = books_of(world)
         answer = grant(seen, ledger, spending(seen, books, ledger), wishes)
         assert sum(map(len, answer.granted.values())) == granted
@@ -160,7 +149,7 @@ def test_half_a_group_is_no_replica(world: SmallWorld):
 def test_a_model_that_no_longer_spans_nodes_leaves_no_group_behind(world: SmallWorld):
     world.has_groups = True
     live(world, 3)
-    world.apply(SITE.replace("nodesPerReplica: 2, ", "").split("---")[1])
+    world.apply(factory(huge(nodesPerReplica=None)))
     live(world, 2)
     assert not world.objects[LeaderWorkerSet]
     assert KEY in world.objects[Deployment]

@@ -15,10 +15,7 @@ from tokenfactory.kube.errors import UnreachableError
 
 @pytest.fixture
 def world() -> SmallWorld:
-    world = SmallWorld()
-    for number in range(4):
-        world.add_node(f"n{number}")
-    world.apply(SITE)
+    world = SmallWorld.of(4, *SITE)
     world.settle()
     return world
 

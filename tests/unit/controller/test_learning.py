@@ -4,7 +4,8 @@ from datetime import timedelta
 
 import msgspec
 import pytest
-from tests.unit.controller.small_world import OPTIONS, Agent, SmallWorld
+from tests.unit.controller.manifests import LLAMA_70B, Manifest, factory, hall, model, profile
+from tests.unit.controller.small_world import H100, OPTIONS, Agent, SmallWorld
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
@@ -16,34 +17,7 @@ from tokenfactory.controller.plan.profiles import profile_of
 from tokenfactory.controller.plan.world import see
 from tokenfactory.kube.objects import Pod
 
-H100 = "NVIDIA H100 80GB HBM3"
-DOMAIN = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: %skW, reserve: 0%%, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - {name: llama, nim: {image: "nvcr.io/nim/meta/llama-3.3-70b-instruct:1.8.0"}, gpusPerReplica: 4, replicas: {min: 4, max: 4}}
-"""
-PROFILE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerProfile
-metadata: {name: ours}
-spec:
-  model: llama-3.3-70b-instruct
-  gpuProduct: NVIDIA H100 80GB HBM3
-  gpusPerReplica: 4
-  points:
-  - {concurrency: 256, watts: 250W, tokensPerSecond: "300"}
-  - {concurrency: 256, watts: 700W, tokensPerSecond: "1200"}
-"""
+LLAMA = model(image=LLAMA_70B, replicas=(4, 4))
 
 
 class Serving:
@@ -77,13 +51,12 @@ class Serving:
         return tuple(found.values())
 
 
+def limited(kilowatts: int) -> Manifest:
+    return hall(f"{kilowatts}kW", reserve="0%")
+
+
 def site() -> SmallWorld:
-    world = SmallWorld()
-    for number in range(2):
-        world.add_node(f"n{number}")
-    world.apply(DOMAIN % 15)
-    world.apply(FACTORY)
-    return world
+    return SmallWorld.of(2, limited(15), factory(LLAMA))
 
 
 @pytest.fixture
@@ -98,7 +71,7 @@ def walked() -> SmallWorld:
     world.meters = Serving(world)
     live(world, 20)
     for limit in (14, 13, 12, 11, 10, 9, 8, 7, 6):
-        world.apply(DOMAIN % limit)
+        world.apply(limited(limit))
         live(world, 13)
     return world
 
@@ -119,7 +92,7 @@ def live(world: SmallWorld, minutes: float) -> list[act.Action]:
     ]
 
 
-def profile(world: SmallWorld) -> PowerProfile:
+def known(world: SmallWorld) -> PowerProfile:
     (found,) = world.objects[PowerProfile].values()
     return found
 
@@ -134,7 +107,7 @@ def test_what_is_learned_is_written_once_and_a_settled_factory_writes_no_more(wo
     world.meters = Serving(world)
     written = live(world, 20)
     assert [type(each).__name__ for each in written] == ["RecordProfile", "WriteStatus"]
-    made = profile(world)
+    made = known(world)
     assert made.metadata.labels == {names.LEARNED_LABEL: "true"}
     assert made.spec.model == "nvcr.io/nim/meta/llama-3.3-70b-instruct"
     assert (made.spec.gpu_product, made.spec.gpus_per_replica) == (H100, 4)
@@ -147,7 +120,7 @@ def test_what_is_learned_is_written_once_and_a_settled_factory_writes_no_more(wo
 def test_learning_goes_on_with_the_caps_and_is_used_once_it_is_sure(walked: SmallWorld):
     world = walked.fork()
     model = world.snapshot().factories["inference", "chat"].spec.models[0]
-    told = profile(world)
+    told = known(world)
     assert float(told.status.confidence) >= 0.5
     sure = model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000)
     assert sure.tokens[-1] == pytest.approx(500, rel=0.1)
@@ -161,25 +134,25 @@ def test_learning_goes_on_with_the_caps_and_is_used_once_it_is_sure(walked: Smal
 
 
 def test_a_persons_profile_keeps_its_spec_and_learns_in_its_status(world: SmallWorld):
-    world.apply(PROFILE)
-    spec = profile(world).spec
+    world.apply(profile("ours", H100, (256, "250W", "300"), (256, "700W", "1200"), gpusPerReplica=4))
+    spec = known(world).spec
     world.meters = Serving(world)
     written = live(world, 20)
     assert [type(each).__name__ for each in written] == ["WriteStatus"]
-    assert profile(world).spec == spec
-    assert profile(world).status.learned
-    assert names.LEARNED_LABEL not in profile(world).metadata.labels
+    assert known(world).spec == spec
+    assert known(world).status.learned
+    assert names.LEARNED_LABEL not in known(world).metadata.labels
 
 
 def test_a_model_that_names_a_profile_which_is_not_there_has_what_was_learned_written_once(world: SmallWorld):
-    world.apply(FACTORY.replace("gpusPerReplica", "powerProfile: no-such-profile, gpusPerReplica"))
+    world.apply(factory({**LLAMA, "powerProfile": "no-such-profile"}))
     world.meters = Serving(world)
     assert [type(each).__name__ for each in live(world, 20)] == ["RecordProfile"]
 
 
 def test_replicas_of_another_size_have_a_learned_profile_of_their_own(walked: SmallWorld):
     world = walked.fork()
-    made = profile(world)
+    made = known(world)
     model = world.snapshot().factories["inference", "chat"].spec.models[0]
     wider = msgspec.structs.replace(model, gpus_per_replica=8)
     assert profile_of(see(world.snapshot(), OPTIONS.workloads), model, H100) == made
@@ -189,20 +162,20 @@ def test_replicas_of_another_size_have_a_learned_profile_of_their_own(walked: Sm
 @pytest.mark.parametrize("said", ["yesterday", "2026-11-21T12:00:00"])
 def test_a_time_that_is_none_in_a_status_stops_no_plan(walked: SmallWorld, said: str):
     world = walked.fork()
-    told = profile(world)
+    told = known(world)
     status = msgspec.structs.replace(told.status, updated_at=said, confidence="0.1")
     world.put(msgspec.structs.replace(told, status=status))
     live(world, 5)
-    assert profile(world).status.updated_at != said
+    assert known(world).status.updated_at != said
 
 
 def test_a_restarted_operator_recalls_what_it_wrote(walked: SmallWorld):
     world = walked.fork()
-    before = profile(world).status
+    before = known(world).status
     world.term += 1
     world.memory = Memory()
     live(world, 15)
-    after = profile(world).status
+    after = known(world).status
     assert float(after.confidence) >= float(before.confidence) - 0.1
     assert after.samples >= before.samples
     assert {p.watts for p in after.learned} >= {p.watts for p in before.learned}
@@ -214,7 +187,7 @@ def test_a_cap_that_has_just_moved_teaches_nothing(world: SmallWorld):
     before = world.memory.lessons
     assert before.known
     (subject,) = before.known
-    world.apply(DOMAIN % 9)
+    world.apply(limited(9))
     samples = before.known[subject].samples
     live(world, 1.1)
     assert world.memory.lessons.known[subject].samples <= samples + 1

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import Manifest, domain, factory, model, rack
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.cap_sheet import CapSheet
@@ -13,42 +14,18 @@ from tokenfactory.controller.plan.nodes import with_charges
 from tokenfactory.planning.power.grants import granted
 from tokenfactory.planning.power.sheets import caps_of
 
-RACK = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: %s}
-spec: {parent: hall, limit: %dW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {rack: %s}}}
-"""
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: %dW, nodeOverhead: 1kW}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 4
-    band: 100
-    replicas: {min: 4, max: 4}
-"""
+
+def rack_of(letter: str, limit: str) -> Manifest:
+    return rack(letter, limit, nodeOverhead="1kW")
 
 
 @pytest.fixture
 def world() -> SmallWorld:
     world = SmallWorld()
-    for name, rack in (("a0", "a"), ("b0", "b")):
-        world.add_node(name, rack=rack)
-    world.apply(HALL % 40_000)
-    world.apply(RACK % ("rack-a", 10_000, "a"))
-    world.apply(RACK % ("rack-b", 4_000, "b"))
-    world.apply(FACTORY)
+    for letter in "ab":
+        world.add_node(f"{letter}0", rack=letter)
+    world.apply(domain("hall", "40kW", nodeOverhead="1kW"), rack_of("a", "10kW"), rack_of("b", "4kW"))
+    world.apply(factory(model(band=100, replicas=(4, 4))))
     world.settle()
     return world
 
@@ -61,7 +38,7 @@ def raised(world: SmallWorld, domain: str) -> bool:
 
 
 def test_nothing_rises_in_the_round_in_which_a_node_arrives(world: SmallWorld):
-    world.apply(RACK % ("rack-b", 6_500, "b"))
+    world.apply(rack_of("b", "6500W"))
     alone = world.fork()
     rounds = next(number for number in range(20) if round_raises(alone, "rack-b"))
     for _ in range(rounds):
@@ -77,7 +54,7 @@ def round_raises(world: SmallWorld, domain: str) -> bool:
 
 def test_a_grant_and_a_raise_do_not_take_the_same_watts(world: SmallWorld):
     """Each fits by itself; the second must know of the first."""
-    world.apply(RACK % ("rack-a", 40_000, "a"))
+    world.apply(rack_of("a", "40kW"))
     composed = world.plan()
     ledger, facts = composed.books.ledger, composed.books.grid.facts
     held = world.objects[GPUNode]["", "a0"]

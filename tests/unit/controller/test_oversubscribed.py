@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.power_domain import PowerDomain
@@ -12,34 +13,17 @@ from tokenfactory.controller.cutting import cuts
 from tokenfactory.planning.power.oversubscription import Watch
 
 LIMIT = 66_000_000
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec:
-  limit: %s
-  reserve: 0%%
-  nodeOverhead: 1kW
-  nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}
-  hold: 8s
-  overload: [{percent: 130, seconds: 60}]
-  oversubscription: {mode: %s}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama-70b:1.8.0"}
-    gpusPerReplica: 8
-    band: 100
-    replicas: {min: 13, max: 13}
-"""
 A_DAY = {600: 16_000, 710: 1_000, 760: 280}
 """How often which permille of the charge was drawn: as serving does, seldom near its limits."""
+
+
+def tight(limit: str, mode: str = "Statistical") -> Manifest:
+    overload = [{"percent": 130, "seconds": 60}]
+    return hall(limit, reserve="0%", hold="8s", overload=overload, oversubscription={"mode": mode})
+
+
+def chat(band: int) -> Manifest:
+    return factory(model(image="llama-70b", gpus=8, band=band, replicas=(13, 13)))
 
 
 def site(mode: str = "Statistical", *, load: int = 650) -> SmallWorld:
@@ -48,8 +32,7 @@ def site(mode: str = "Statistical", *, load: int = 650) -> SmallWorld:
     for number in range(13):
         world.add_node(f"n{number:02}")
         world.agents[f"n{number:02}"].load_permille = load
-    world.apply(HALL % ("66kW", mode))
-    world.apply(FACTORY)
+    world.apply(tight("66kW", mode), chat(band=100))
     world.memory = replace(world.memory, watches={"hall": Watch(counts=A_DAY)})
     world.settle()
     return world
@@ -148,7 +131,7 @@ def test_a_restarted_operator_neither_cuts_nor_raises_what_it_does_not_know_yet(
     world.crash()
     rounds(world, 10)
     assert charge(world) == before
-    world.apply(FACTORY.replace("band: 100", "band: 90"))
+    world.apply(chat(band=90))
     rounds(world, 10)
     assert charge(world) <= before
 
@@ -160,7 +143,7 @@ def test_a_cut_of_the_limit_is_a_cut_of_the_ceiling(limit: str) -> None:
     rounds(world, 15)
     last = world.plan()
     domain = world.objects[PowerDomain]["", "hall"]
-    world.apply(HALL % (limit, "Statistical"))
+    world.apply(tight(limit))
     snapshot = world.snapshot()
     actions = cuts(last, snapshot.domains, snapshot.sheets, snapshot.wall)
     assert bool(actions) == (limit != "66kW")

@@ -1,12 +1,13 @@
 """Random histories of valid specs, nodes and crashes: the budget holds in every round, and the end is the last spec's."""
 
-import json
 import os
 from typing import Any
 
 import msgspec
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
+from tests.unit.controller import manifests
+from tests.unit.controller.manifests import Manifest, domain, rack
 from tests.unit.controller.outcome import outcome
 from tests.unit.controller.small_world import SmallWorld
 from tests.unit.controller.specs import specs
@@ -22,21 +23,9 @@ AMPLE = "40kW"
 Walk = list[tuple[Any, ...]]
 
 
-def domain(name: str, limit: str, **more: Any) -> str:
-    spec = {"limit": limit, **more}
-    meta = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "PowerDomain", "metadata": {"name": name}}
-    return json.dumps({**meta, "spec": spec})
-
-
-def rack(name: str, limit: str) -> str:
-    selector = {"matchLabels": {"rack": name}}
-    return domain(f"rack-{name}", limit, parent="hall", nodeSelector=selector)
-
-
-def factory(name: str, spec: dict[str, Any]) -> str:
-    meta = {"name": name, "namespace": "inference"}
-    kind = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "TokenFactory"}
-    return json.dumps({**kind, "metadata": meta, "spec": spec})
+def factory(name: str, spec: dict[str, Any]) -> Manifest:
+    rest = {field: value for field, value in spec.items() if field != "models"}
+    return manifests.factory(*spec["models"], name=name, **rest)
 
 
 names = st.sampled_from(["chat", "search"])

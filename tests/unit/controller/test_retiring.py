@@ -1,9 +1,8 @@
 """What goes leaves nothing behind, and gives its watts back no sooner than it has stopped drawing."""
 
-from datetime import timedelta
-
 import msgspec
 import pytest
+from tests.unit.controller.manifests import LLAMA_70B, domain, factory, model, rack
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.cap_sheet import CapSheet
@@ -12,37 +11,17 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.controller import actions as act
 from tokenfactory.kube.objects import Node, Pod
 
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 30kW, nodeOverhead: 1kW}
-"""
-RACK = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: %s}
-spec: {parent: hall, limit: 20kW, nodeDeletedMeansOff: %s, nodeSelector: {matchLabels: {rack: %s}}}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - {name: llama, nim: {image: "nvcr.io/nim/meta/llama-3.3-70b-instruct:1.8.0"}, gpusPerReplica: 4, replicas: {min: 3, max: 3}}
-"""
 
-
-def site(*, means_off: str = "false") -> SmallWorld:
+def site(*, means_off: bool = False) -> SmallWorld:
     world = SmallWorld()
-    for name, rack in (("a0", "a"), ("a1", "a"), ("b0", "b")):
-        world.add_node(name, rack=rack)
-    world.apply(HALL)
-    world.apply(RACK % ("rack-a", means_off, "a"))
-    world.apply(RACK % ("rack-b", "false", "b"))
-    world.apply(FACTORY)
+    for name in ("a0", "a1", "b0"):
+        world.add_node(name, rack=name[0])
+    world.apply(
+        domain("hall", "30kW", nodeOverhead="1kW"),
+        rack("a", "20kW", nodeDeletedMeansOff=means_off),
+        rack("b", "20kW", nodeDeletedMeansOff=False),
+        factory(model(image=LLAMA_70B, replicas=(3, 3))),
+    )
     world.settle()
     assert len(world.ready_pods()) == 3
     return world
@@ -51,13 +30,6 @@ def site(*, means_off: str = "false") -> SmallWorld:
 @pytest.fixture
 def world() -> SmallWorld:
     return site()
-
-
-def live(world: SmallWorld, seconds: int) -> None:
-    until = world.now + timedelta(seconds=seconds)
-    while world.now < until:
-        world.others()
-        world.operate()
 
 
 def drain(world: SmallWorld) -> list[Pod]:
@@ -85,7 +57,7 @@ def test_a_deleted_factory_drains_at_its_caps_and_then_gives_its_watts_back(worl
     before = caps_of(world, world.ready_pods())
     charge = world.plan().books.ledger.charge("hall")
     pods = drain(world)
-    live(world, 30)
+    world.live(30)
     assert min(caps_of(world, pods)) >= min(before)
     assert world.plan().books.ledger.charge("hall") >= charge
     granted = {grant.uid for node in world.objects[GPUNode].values() for grant in node.spec.pods}
@@ -109,7 +81,7 @@ def test_a_deleted_domain_takes_its_sheet_along_once_no_node_obeys_it(world: Sma
     world.settle()
     assert ("", "rack-b") in world.objects[CapSheet]
     del world.objects[PowerDomain]["", "rack-b"]
-    live(world, 10)
+    world.live(10)
     assert ("", "rack-b") not in world.objects[CapSheet]
     assert ("", "rack-a") in world.objects[CapSheet]
     world.settle()
@@ -117,9 +89,9 @@ def test_a_deleted_domain_takes_its_sheet_along_once_no_node_obeys_it(world: Sma
 
 def test_the_sheet_of_a_domain_that_a_silent_node_may_obey_stays(world: SmallWorld):
     world.agents["b0"].alive = False
-    live(world, 30)
+    world.live(30)
     del world.objects[PowerDomain]["", "rack-b"]
-    live(world, 120)
+    world.live(120)
     assert ("", "rack-b") in world.objects[CapSheet]
 
 
@@ -127,13 +99,13 @@ def test_a_deleted_node_stays_charged_where_nobody_said_that_it_means_off(world:
     charge = world.plan().books.ledger.node_charge("a0")
     world.agents["a0"].alive = False
     del world.objects[Node]["", "a0"]
-    live(world, 200)
+    world.live(200)
     assert world.objects[GPUNode]["", "a0"].spec.fence is None
     assert world.plan().books.ledger.node_charge("a0") >= charge
 
 
 def test_where_deletion_means_off_the_node_is_fenced_freed_and_forgotten():
-    world = site(means_off="true")
+    world = site(means_off=True)
     world.agents["a0"].alive = False
     del world.objects[Node]["", "a0"]
     for pod in list(world.ready_pods()):
@@ -159,19 +131,19 @@ def test_where_deletion_means_off_the_node_is_fenced_freed_and_forgotten():
 
 def test_a_person_s_fence_is_lifted_when_a_later_boot_reports(world: SmallWorld):
     world.agents["a0"].alive = False
-    live(world, 20)
+    world.live(20)
     held = world.objects[GPUNode]["", "a0"]
     fence = Fence(method="Person", by="sre", at=world.stamp(), boot_id=held.status.boot_id)
     world.put(
         msgspec.structs.replace(held, spec=msgspec.structs.replace(held.spec, fence=fence)),
         new_generation=True,
     )
-    live(world, 10)
+    world.live(10)
     assert world.plan().books.ledger.node_charge("a0") == 0
     held = world.objects[GPUNode]["", "a0"]
     assert held.spec.fence is not None
     world.agents["a0"].alive = True
     world.agents["a0"].boot_id = "boot-2"
-    live(world, 20)
+    world.live(20)
     assert world.objects[GPUNode]["", "a0"].spec.fence is None
     assert world.plan().books.ledger.node_charge("a0") > 0

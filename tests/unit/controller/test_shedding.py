@@ -1,42 +1,30 @@
 """A shortage beyond what caps should bear: who is drained, who is evicted, and how it comes back."""
 
-from datetime import timedelta
-
 import pytest
+from tests.unit.controller.manifests import LLAMA_70B, Manifest, factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 
-DOMAIN = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 30kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
-"""
-FACTORY = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - {name: gold, band: 100, nim: {image: "nvcr.io/nim/meta/llama-3.3-70b-instruct:1.8.0"}, gpusPerReplica: 4, slo: {interTokenLatency: 50ms}, replicas: {min: 2, max: 2}}
-  - {name: tin, band: 10, nim: {image: "nvcr.io/nim/meta/llama-3.3-70b-instruct:1.8.0"}, gpusPerReplica: 4, slo: {interTokenLatency: 50ms}, replicas: {min: 1, max: 5}}
-"""
+SLO = {"interTokenLatency": "50ms"}
+
+
+def gold_and_tin(tin: tuple[int, int]) -> Manifest:
+    """Two replicas of a high band, and these of a low one."""
+    return factory(
+        model("gold", image=LLAMA_70B, band=100, slo=SLO, replicas=(2, 2)),
+        model("tin", image=LLAMA_70B, band=10, slo=SLO, replicas=tin),
+    )
 
 
 @pytest.fixture
 def world() -> SmallWorld:
     """Seven replicas at work: five of tin are there because traffic once asked for them."""
-    world = SmallWorld()
-    for number in range(4):
-        world.add_node(f"n{number}")
-    world.apply(DOMAIN)
-    world.apply(FACTORY.replace("min: 1, max: 5", "min: 5, max: 5"))
+    world = SmallWorld.of(4, hall("30kW"), gold_and_tin((5, 5)))
     world.settle()
-    world.apply(FACTORY)
+    world.apply(gold_and_tin((1, 5)))
     world.settle()
     assert serving(world) == {"gold": 2, "tin": 5}
     return world
@@ -54,18 +42,11 @@ def status(world: SmallWorld):
     return next(iter(world.objects[TokenFactory].values())).status
 
 
-def live(world: SmallWorld, seconds: int) -> None:
-    until = world.now + timedelta(seconds=seconds)
-    while world.now < until:
-        world.others()
-        world.operate()
-
-
 def test_a_lasting_shortage_drains_the_lowest_band_and_says_so(world: SmallWorld):
-    world.apply(DOMAIN.replace("30kW", "15kW"))
-    live(world, 20)
+    world.apply(hall("15kW"))
+    world.live(20)
     assert serving(world) == {"gold": 2, "tin": 5}, "caps bear it at first"
-    live(world, 60)
+    world.live(60)
     left = serving(world)
     assert left["gold"] == 2
     assert 1 <= left["tin"] < 5
@@ -76,23 +57,23 @@ def test_a_lasting_shortage_drains_the_lowest_band_and_says_so(world: SmallWorld
 
 
 def test_a_drain_does_not_end_its_own_reason(world: SmallWorld):
-    world.apply(DOMAIN.replace("30kW", "15kW"))
-    live(world, 90)
+    world.apply(hall("15kW"))
+    world.live(90)
     left = serving(world)
     before = len([write for write in world.writes if isinstance(write, act.ApplyWorkload)])
-    live(world, 900)
+    world.live(900)
     assert serving(world) == left
     assert len([write for write in world.writes if isinstance(write, act.ApplyWorkload)]) == before
 
 
 def test_what_was_drained_comes_back_late_and_completely(world: SmallWorld):
-    world.apply(DOMAIN.replace("30kW", "15kW"))
-    live(world, 90)
+    world.apply(hall("15kW"))
+    world.live(90)
     left = serving(world)
-    world.apply(DOMAIN)
-    live(world, 200)
+    world.apply(hall("30kW"))
+    world.live(200)
     assert serving(world) == left, "not before the shortage has been over for long"
-    live(world, 200)
+    world.live(200)
     assert serving(world) == {"gold": 2, "tin": 5}
     world.settle()
     assert status(world).waiting == ()
@@ -100,15 +81,15 @@ def test_what_was_drained_comes_back_late_and_completely(world: SmallWorld):
 
 def test_a_short_dip_drains_nobody(world: SmallWorld):
     for _ in range(10):
-        world.apply(DOMAIN.replace("30kW", "15kW"))
-        live(world, 16)
-        world.apply(DOMAIN)
-        live(world, 16)
+        world.apply(hall("15kW"))
+        world.live(16)
+        world.apply(hall("30kW"))
+        world.live(16)
     assert serving(world) == {"gold": 2, "tin": 5}
 
 
 def test_the_pods_that_go_are_marked_before_there_are_to_be_fewer(world: SmallWorld):
-    world.apply(DOMAIN.replace("30kW", "15kW"))
+    world.apply(hall("15kW"))
     seen: list[act.Action] = []
     for _ in range(45):
         world.others()
@@ -121,10 +102,10 @@ def test_the_pods_that_go_are_marked_before_there_are_to_be_fewer(world: SmallWo
 
 def test_where_not_even_the_minimum_fits_the_lowest_band_is_evicted_first(world: SmallWorld):
     # 4 kW of overhead and 32 GPUs at 200 W are 10.4 kW: nothing that caps can do.
-    world.apply(DOMAIN.replace("30kW", "8.8kW"))
-    live(world, 20)
+    world.apply(hall("8.8kW"))
+    world.live(20)
     assert not [write for write in world.writes if isinstance(write, act.DeletePod)]
-    live(world, 60)
+    world.live(60)
     gone = [write for write in world.writes if isinstance(write, act.DeletePod)]
     assert gone
     assert all("evicted from hall" in write.reason for write in gone)
@@ -134,5 +115,5 @@ def test_where_not_even_the_minimum_fits_the_lowest_band_is_evicted_first(world:
     compliant = {c.type: c for c in domain.status.conditions}["Compliant"]
     assert compliant.status == "False"
     count = len(gone)
-    live(world, 120)
+    world.live(120)
     assert len([write for write in world.writes if isinstance(write, act.DeletePod)]) == count

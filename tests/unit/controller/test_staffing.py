@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
@@ -21,32 +22,11 @@ from tokenfactory.controller.plan.replicating import (
 from tokenfactory.controller.plan.world import see
 from tokenfactory.kube.objects import KubeCondition, Pod
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: %s, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama-3.1-70b-instruct:1.8.0"}
-    gpusPerReplica: 4
-    replicas: {min: %d, max: 3}
-    slo: {timeToFirstToken: 1s, interTokenLatency: 500ms}
-"""
-
 
 def site(least: int, limit: str = "60kW") -> SmallWorld:
-    world = SmallWorld()
-    for number in range(2):
-        world.add_node(f"n{number}")
-    world.apply(SITE % (limit, least))
-    return world
+    slo = {"timeToFirstToken": "1s", "interTokenLatency": "500ms"}
+    llama = model(image="llama-3.1-70b-instruct", replicas=(least, 3), slo=slo)
+    return SmallWorld.of(2, hall(limit), factory(llama))
 
 
 def the_model(world: SmallWorld) -> tuple[TokenFactory, Any]:

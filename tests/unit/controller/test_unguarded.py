@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
@@ -16,23 +17,6 @@ from tokenfactory.controller.plan.waiting import repository
 from tokenfactory.controller.plan.world import gpus_asked, see
 from tokenfactory.kube.objects import Pod
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 60kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 4
-    replicas: {min: 1, max: 1}
-"""
 Spec = dict[str, Any]
 
 
@@ -45,10 +29,7 @@ class Visited(SmallWorld):
 
 @pytest.fixture
 def world() -> SmallWorld:
-    world = SmallWorld()
-    for number in range(2):
-        world.add_node(f"n{number}")
-    world.apply(SITE)
+    world = SmallWorld.of(2, hall("60kW"), factory(model()))
     world.settle()
     world.__class__ = Visited
     return world
@@ -60,12 +41,6 @@ def visit(world: SmallWorld, change: Callable[[Spec], object]) -> Pod:
     change(template["spec"])
     meta = {"name": "mine", "namespace": "inference", "uid": "uid-mine", **template["metadata"]}
     return world.put(msgspec.convert({"metadata": meta, "spec": template["spec"]}, Pod))
-
-
-def live(world: SmallWorld, rounds: int = 8) -> None:
-    for _ in range(rounds):
-        world.others()
-        world.operate()
 
 
 def grants(world: SmallWorld) -> set[str]:
@@ -133,7 +108,7 @@ UNLIKE: dict[str, tuple[Callable[[Spec], object], str]] = {
 @pytest.mark.parametrize("how", LIKE_OURS)
 def test_a_pod_that_waits_for_its_cap_is_a_replica(world: SmallWorld, how: str):
     pod = visit(world, LIKE_OURS[how])
-    live(world)
+    world.rounds(8)
     assert pod.metadata.uid in grants(world)
     assert opened(world)
 
@@ -142,7 +117,7 @@ def test_a_pod_that_waits_for_its_cap_is_a_replica(world: SmallWorld, how: str):
 def test_a_pod_that_would_not_wait_gets_nothing_and_is_told_why(world: SmallWorld, how: str):
     change, why = UNLIKE[how]
     pod = visit(world, change)
-    live(world)
+    world.rounds(8)
     assert pod.metadata.uid not in grants(world)
     assert not opened(world)
     told = [note for reason, note in world.events if reason == "Unguarded"]
@@ -161,7 +136,7 @@ def test_a_pod_that_is_changed_while_it_is_charged_loses_its_charge_and_stays_ga
         world.beat()
     assert not opened(world)
     visit(world, UNLIKE["another image"][0])
-    live(world)
+    world.rounds(8)
     assert not opened(world)
     assert "uid-mine" not in grants(world)
 
@@ -217,7 +192,7 @@ def test_gates_open_only_for_what_waits(world: SmallWorld):
         msgspec.structs.replace(node, spec=msgspec.structs.replace(node.spec, pods=(*node.spec.pods, grant))),
         new_generation=True,
     )
-    live(world)
+    world.rounds(8)
     assert not [
         each for each in world.writes if isinstance(each, act.OpenGate) and each.pod.metadata.name == "mine"
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api.cap_sheet import CapSheet
@@ -18,36 +19,15 @@ from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.kube.objects import Node, ObjectRef, Pod
 from tokenfactory.planning.power.sheets import caps_of
 
-HALL = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: %s, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama:1.8.0"}
-    gpusPerReplica: 4
-    replicas: {min: 3, max: 3}
-"""
+CHAT = factory(model(replicas=(3, 3)))
 FIELDS = {CapSheet: "sheets", GPUNode: "gpu_nodes", Node: "nodes"}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(CapSheet, "hall"), (GPUNode, "n1"), (Node, "n1")])
 def test_nothing_rises_while_something_cannot_be_read(kind: type[Resource], name: str):
-    world = SmallWorld()
-    for number in range(3):
-        world.add_node(f"n{number}")
-    world.apply(HALL % "9kW")
-    for _ in range(12):
-        world.others()
-        world.operate()
-    world.apply(HALL % "30kW")
+    world = SmallWorld.of(3, hall("9kW"), CHAT)
+    world.rounds(12)
+    world.apply(hall("30kW"))
     world.others()
     whole = world.snapshot()
     rest = {key: held for key, held in getattr(whole, FIELDS[kind]).items() if key != ("", name)}
@@ -81,10 +61,7 @@ class NewerFactory(SmallWorld):
 
 
 def test_a_factory_that_a_restarted_operator_cannot_read_keeps_its_pods_and_charges():
-    world = NewerFactory()
-    for number in range(3):
-        world.add_node(f"n{number}")
-    world.apply(HALL % "30kW")
+    world = NewerFactory.of(3, hall("30kW"), CHAT)
     world.settle()
     pods = {pod.metadata.uid for pod in world.ready_pods()}
     grants = {key: node.spec.pods for key, node in world.objects[GPUNode].items()}
@@ -112,9 +89,7 @@ def test_a_factory_that_a_restarted_operator_cannot_read_keeps_its_pods_and_char
 
 
 def test_nothing_is_said_in_the_status_of_what_cannot_be_read():
-    world = SmallWorld()
-    world.add_node("n0")
-    world.apply(HALL % "30kW")
+    world = SmallWorld.of(1, hall("30kW"), CHAT)
     for key in ((TokenFactory.KIND, ("inference", "chat")), (PowerDomain.KIND, ("", "hall"))):
         seen = dataclasses.replace(world.snapshot(), undecodable={key: "of a newer version"})
         told = [
@@ -126,10 +101,7 @@ def test_nothing_is_said_in_the_status_of_what_cannot_be_read():
 
 
 def test_a_pod_of_an_unreadable_factory_that_ends_gives_its_watts_back():
-    world = NewerFactory()
-    for number in range(3):
-        world.add_node(f"n{number}")
-    world.apply(HALL % "30kW")
+    world = NewerFactory.of(3, hall("30kW"), CHAT)
     world.settle()
     world.newer = True
     gone = world.ready_pods()[0]

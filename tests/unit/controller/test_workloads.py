@@ -1,7 +1,11 @@
 """What a model's pods are allowed to be and how they are probed, spread and kept from surging."""
 
+from typing import Any
+
 import msgspec
 import pytest
+from tests.unit.controller import manifests
+from tests.unit.controller.manifests import LLAMA_8B, Manifest
 from tests.unit.controller.small_world import OPTIONS as PLAN_OPTIONS
 from tests.unit.controller.small_world import SmallWorld
 
@@ -21,20 +25,12 @@ from tokenfactory.controller.workloads import (
 from tokenfactory.kube.objects import KubeCondition, Node
 
 OPTIONS = WorkloadOptions(image="tokenfactory:test")
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 40kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  models:
-  - {name: small, nim: {image: "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.0"}, gpusPerReplica: 1}
-"""
+HALL = manifests.hall("40kW", nodeOverhead=None)
+
+
+def chat(**model: Any) -> Manifest:
+    small = {"image": LLAMA_8B, "gpus": 1, "replicas": None, **model}
+    return manifests.factory(manifests.model("small", **small))
 
 
 def factory(**nim: object) -> TokenFactory:
@@ -136,7 +132,7 @@ def test_a_group_has_a_name_of_its_own_that_leaves_room_for_what_is_appended():
 
 def test_the_rule_waits_until_every_kubelet_can_follow_it():
     world = SmallWorld()
-    world.apply(SITE)
+    world.apply(HALL, chat())
     for name in ("new", "old"):
         world.add_node(name)
     options = msgspec.structs.replace(
@@ -182,7 +178,7 @@ def not_ready(world: SmallWorld, name: str) -> None:
 @pytest.mark.parametrize("ruled", [True, False])
 def test_nodes_that_come_and_go_start_no_model_anew(ruled: bool):
     world = Ruling()
-    world.apply(SITE)
+    world.apply(HALL, chat())
     for name in ("new", "old"):
         world.add_node(name)
         declare(world, name, able=ruled or name == "new")
@@ -200,7 +196,7 @@ def test_nodes_that_come_and_go_start_no_model_anew(ruled: bool):
     world.settle()
     assert {pod.metadata.uid for pod in world.ready_pods()} == pods
     world.knows = True
-    world.apply(SITE.replace(":1.8.0", ":1.9.0"))
+    world.apply(chat(tag="1.9.0"))
     declare(world, "old")
     world.objects[Node].pop(("", "older"), None)
     world.agents.pop("older", None)
@@ -210,7 +206,7 @@ def test_nodes_that_come_and_go_start_no_model_anew(ruled: bool):
 
 def test_the_rule_goes_where_no_kubelet_can_follow_it():
     world = Ruling()
-    world.apply(SITE)
+    world.apply(HALL, chat())
     world.others()
     world.operate()
     assert world.ruled(), "nothing speaks against it yet"
@@ -224,14 +220,14 @@ def test_the_rule_goes_where_no_kubelet_can_follow_it():
 def test_a_pod_with_the_rule_is_offered_no_node_whose_kubelet_lacks_it():
     """kube-scheduler would refuse it there, and each refusal costs a pod, a charge and ten seconds."""
     world = Ruling()
-    world.apply(SITE)
+    world.apply(HALL, chat())
     world.add_node("new", gpus=1)
     declare(world, "new")
     world.settle()
     assert world.ruled()
     world.add_node("old")
     declare(world, "old", able=False)
-    world.apply(SITE.replace("gpusPerReplica: 1", "gpusPerReplica: 1, replicas: {min: 2, max: 2}"))
+    world.apply(chat(replicas=(2, 2)))
     world.settle()
     assert {pod.spec.node_name for pod in world.ready_pods()} == {"new"}
     (factory,) = world.objects[TokenFactory].values()

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import msgspec
+from tests.unit.controller.manifests import LLAMA_8B, factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api.gpu_node import GPUNode, PodMeter
@@ -15,25 +16,6 @@ from tokenfactory.controller.actor import Actor
 from tokenfactory.kube.apply import Refused, Unchanged, Written
 from tokenfactory.kube.objects import Pod
 
-SITE = """
-apiVersion: tokenfactory.dev/v1alpha1
-kind: PowerDomain
-metadata: {name: hall}
-spec: {limit: 60kW, nodeOverhead: 1kW, nodeSelector: {matchLabels: {nvidia.com/gpu.present: "true"}}}
----
-apiVersion: tokenfactory.dev/v1alpha1
-kind: TokenFactory
-metadata: {name: chat, namespace: inference}
-spec:
-  power: {domain: hall}
-  efficiency: {tokensPerJoule: "0.1", scope: GPU}
-  models:
-  - name: llama
-    nim: {image: "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.0"}
-    gpusPerReplica: 2
-    replicas: {min: 2, max: 4}
-    slo: {timeToFirstToken: 1s, interTokenLatency: 500ms}
-"""
 EVERY_SECONDS = 10
 
 
@@ -41,10 +23,10 @@ class Hour:
     """Two replicas under a steady load, as agents report it anew every ten seconds."""
 
     def __init__(self, noise: float) -> None:
-        self.world = SmallWorld()
-        for number in range(2):
-            self.world.add_node(f"n{number}")
-        self.world.apply(SITE)
+        slo = {"timeToFirstToken": "1s", "interTokenLatency": "500ms"}
+        llama = model(image=LLAMA_8B, gpus=2, replicas=(2, 4), slo=slo)
+        wanted = {"tokensPerJoule": "0.1", "scope": "GPU"}
+        self.world = SmallWorld.of(2, hall("60kW"), factory(llama, efficiency=wanted))
         self.world.settle()
         self.noise = random.Random(1)
         self.by = noise
