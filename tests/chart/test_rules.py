@@ -31,7 +31,7 @@ def rules(render, tmp_path: Path) -> Path:
 
 
 def test_the_rules_are_well_formed(rules: Path):
-    assert "1 rules found" in promtool("check", "rules", rules)
+    assert "3 rules found" in promtool("check", "rules", rules)
 
 
 def test_alerts_fire_and_stay_silent(rules: Path):
@@ -40,11 +40,21 @@ def test_alerts_fire_and_stay_silent(rules: Path):
     promtool("test", "rules", rules.parent / "power.test.yaml")
 
 
-def test_the_trial_itself_notices_a_rule_that_never_fires(rules: Path):
-    rules.write_text(rules.read_text().replace("_charge_watts >", "_charge_watts > 10 *"))
+@pytest.mark.parametrize(
+    ("alert", "as_it_is", "never"),
+    [
+        ("TokenFactoryChargeOverLimit", "_charge_watts >", "_charge_watts > 10 *"),
+        ("TokenFactoryNodeAboveCharge", '"AboveCharge"} ==', '"AboveCharge"} == 2 *'),
+        ("TokenFactoryNodeMeterSilent", '"Unreadable"} ==', '"Silent"} =='),
+    ],
+)
+def test_the_trial_itself_notices_a_rule_that_never_fires(rules: Path, alert: str, as_it_is: str, never: str):
+    text = rules.read_text()
+    assert text.count(as_it_is) == 1
+    rules.write_text(text.replace(as_it_is, never))
     shutil.copy(HERE / "power.test.yaml", rules.parent)
 
-    with pytest.raises(AssertionError, match="TokenFactoryChargeOverLimit"):
+    with pytest.raises(AssertionError, match=alert):
         promtool("test", "rules", rules.parent / "power.test.yaml")
 
 

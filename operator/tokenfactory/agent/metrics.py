@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tokenfactory.agent.loop import Agent
+from tokenfactory.agent.state import VERDICTS
 from tokenfactory.planning.power.governor import Mode
 
 if TYPE_CHECKING:
@@ -188,6 +189,14 @@ class AgentCollector:
                 "Learned: what the node draws besides its GPUs at most; 0 until enough was seen.",
                 power.overhead_milliwatts / 1000,
             )
+            verdict = GaugeMetricFamily(
+                "tokenfactory_agent_node_power",
+                "1 for what the condition NodePower says.",
+                labels=["node", "reason"],
+            )
+            for reason in VERDICTS:
+                verdict.add_metric([state.name, reason], float(power.verdict == reason))
+            yield verdict
         for name, (text, value) in gauges.items():
             family = GaugeMetricFamily(f"tokenfactory_agent_{name}", text)
             family.add_metric([], value)

@@ -17,7 +17,7 @@ from tokenfactory.agent.enforce import Enforcer
 from tokenfactory.agent.nim import Meter
 from tokenfactory.agent.nvml import Gpu, Identity
 from tokenfactory.agent.parts import Clock, StatusWriter
-from tokenfactory.agent.state import ABOVE, AgentState
+from tokenfactory.agent.state import ABOVE, UNREADABLE, WITHIN, AgentState
 from tokenfactory.agent.xid import Action
 from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import AppliedEpoch, GPUNode, GPUNodeStatus, GPUStatus
@@ -306,11 +306,8 @@ def _metered(meter: Meter, say: Say) -> Condition:
 
 def _node_power(state: AgentState, say: Say) -> Condition:
     power = state.node_power
-    if power.above:
-        return say("NodePower", False, ABOVE, power.above)
-    if power.problem:
-        return say("NodePower", None, "Unreadable", power.problem)
-    return say("NodePower", True, "WithinCharge")
+    met = {ABOVE: False, UNREADABLE: None, WITHIN: True}[power.verdict]
+    return say("NodePower", met, power.verdict, power.above or power.problem)
 
 
 def _actuators(state: AgentState, say: Say) -> Condition:

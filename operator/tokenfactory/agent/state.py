@@ -14,8 +14,12 @@ from tokenfactory.api.actuators import Actuators
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.governor import Decision, Memory, Readback
 
+WITHIN: Final = "WithinCharge"
 ABOVE: Final = "AboveCharge"
-"""The reason that a status gives while the whole node's guard withholds power."""
+"""The whole node's guard withholds power."""
+UNREADABLE: Final = "Unreadable"
+VERDICTS: Final = (WITHIN, ABOVE, UNREADABLE)
+"""What status and metrics say of the node's own meter."""
 
 
 @dataclass
@@ -33,6 +37,12 @@ class NodePower:
     """Why the guard has cut this node's caps."""
     cuts: int = 0
     failures: int = 0
+
+    @property
+    def verdict(self) -> str:
+        if self.above:
+            return ABOVE
+        return UNREADABLE if self.problem else WITHIN
 
 
 @dataclass

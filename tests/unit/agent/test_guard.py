@@ -285,6 +285,31 @@ def test_nothing_is_given_back_while_nobody_measures_the_node() -> None:
     story(tell, rest=2_000_000, charged=1_000_000)
 
 
+def test_alerts_hear_the_reason_that_the_condition_gives() -> None:
+    def heard(node: Node) -> list[str]:
+        lines = render(node.agent).decode().splitlines()
+        said = [line for line in lines if line.startswith("tokenfactory_agent_node_power{")]
+        assert len(said) == 3
+        assert all(f'node="{node.agent.state.name}"' in line for line in said)
+        return [line.split('reason="')[1].split('"')[0] for line in said if line.endswith(" 1.0")]
+
+    async def tell(node: Node) -> None:
+        for change, status, reason in (
+            (lambda meter: None, "True", "WithinCharge"),
+            (lambda meter: setattr(meter, "problem", "no answer within 5 s"), "Unknown", "Unreadable"),
+            (lambda meter: meter.__dict__.update(problem="", rest=2_000_000), "False", "AboveCharge"),
+        ):
+            change(node.meter)
+            await node.until(lambda want=(status, reason): condition(node) == want, within=200)
+            assert heard(node) == [reason]
+
+    async def busy_story(node: Node) -> None:
+        busy(node)
+        await tell(node)
+
+    story(busy_story, rest=900_000, charged=1_000_000)
+
+
 def test_a_gpu_that_nobody_can_read_is_no_overhead() -> None:
     async def tell(node: Node) -> None:
         await node.kill()
@@ -328,7 +353,7 @@ def test_without_a_meter_nothing_is_said_of_the_node() -> None:
         await node.settle(hold=86_400_000)
         await asyncio.sleep(60)
         assert condition(node) == ("", "")
-        assert "node_power_watts" not in render(node.agent).decode()
+        assert "node_power" not in render(node.agent).decode().replace("node_power_cuts", "")
         await node.stop()
 
     run(tell())
