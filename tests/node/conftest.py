@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.lacking import lacking
 from tests.node import machine, nvidia_runtime
 from tests.node.device_plugin import DevicePlugin
 from tests.node.image import REPOSITORY, Images
@@ -28,15 +29,19 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> machine.Runtime:
-    """What a node is made of; here every test that needs one is skipped where there can be none."""
+    """What a node is made of; here every test that needs one is skipped where there can be none.
+
+    What could be installed is another matter: see tests/lacking.py.
+    """
     paths = (REPOSITORY, sys.prefix, sys.base_prefix, tempfile.gettempdir(), toolchain.cache_folder())
-    problem = machine.why_not(tmp_path_factory.mktemp("trial"), *(Path(it).resolve() for it in paths))
-    if problem:
+    if problem := machine.why_not(tmp_path_factory.mktemp("trial"), *(Path(it).resolve() for it in paths)):
         pytest.skip(problem)
+    if problem := machine.lacks():
+        lacking(problem)
     try:
         return machine.runtime()
     except toolchain.ToolError as error:
-        pytest.skip(f"no containerd for a real node: {error}")
+        lacking(f"no containerd for a real node: {error}")
 
 
 @pytest.fixture(scope="session")

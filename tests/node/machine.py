@@ -33,15 +33,22 @@ class Runtime:
     plugins: Path
 
 
+def lacks() -> str | None:
+    """Which programs somebody could install, and has not; None where all are there."""
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if not missing:
+        return None
+    return (
+        f"a real node needs {', '.join(missing)} on PATH (Debian: util-linux, mount, iproute2, gcc, libc-bin)"
+    )
+
+
 def why_not(scratch: Path, *paths: Path) -> str | None:
-    """Why there can be no real node here that sees `paths`; None where there can."""
+    """Why this machine cannot be a real node that sees `paths`, whatever is installed; None where it can."""
     if not sys.platform.startswith("linux"):
         return "a real node needs Linux"
     if os.geteuid() != 0:
         return "a real node needs root: containerd and the kubelet make namespaces, mounts and cgroups"
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    if missing:
-        return f"a real node needs {', '.join(missing)} on PATH (Debian: util-linux, mount, iproute2, gcc, libc-bin)"
     hidden = [path for path in paths if any(path.is_relative_to(it) for it in HIDDEN)]
     if hidden:
         return (
@@ -49,6 +56,8 @@ def why_not(scratch: Path, *paths: Path) -> str | None:
         )
     if not cgroup_folders():
         return "a real node needs cgroups mounted under /sys/fs/cgroup that can be written"
+    if lacks():
+        return None  # nothing to try it with, which is said by itself
     tried = subprocess.run(
         [*NAMESPACES, "sh", "-c", _TRIAL, str(scratch)],
         capture_output=True,
