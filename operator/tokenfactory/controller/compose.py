@@ -28,6 +28,7 @@ from tokenfactory.controller.plan.replicating import read_meters, staff
 from tokenfactory.controller.plan.retiring import retire
 from tokenfactory.controller.plan.serving import serve
 from tokenfactory.controller.plan.shedding import shed
+from tokenfactory.controller.plan.supplying import Coming
 from tokenfactory.controller.plan.telling import domain_status, factory_status
 from tokenfactory.controller.plan.world import World, see
 from tokenfactory.controller.snapshot import Snapshot
@@ -73,7 +74,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     refused, replaced = refusals(world, memory.refusals)
     choice = choose(world, grid, ledger, refused)
     coming = [
-        bidding.Coming(
+        Coming(
             wish.node,
             wish.replica.class_on(world.hosts[wish.node].product),
             wish.replica.model.gpus_per_replica,

@@ -11,7 +11,7 @@ from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.controller import actions as act
-from tokenfactory.controller.plan.bidding import model_hull
+from tokenfactory.controller.plan.hulls import model_hull
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.profiles import profile_of
 from tokenfactory.controller.plan.world import see

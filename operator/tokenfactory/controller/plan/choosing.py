@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from tokenfactory.api import names
 from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.controller.plan.admitting import refusals
-from tokenfactory.controller.plan.bidding import model_hull, worthwhile
 from tokenfactory.controller.plan.classes import REASON as TOO_MANY
 from tokenfactory.controller.plan.classes import Classes
 from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.hulls import model_hull, worthwhile
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.profiles import gpu_range
 from tokenfactory.controller.plan.quarantining import health_of

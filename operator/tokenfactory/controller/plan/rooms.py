@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from tokenfactory.controller.plan.bidding import hulls_of, worthwhile
 from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.hulls import hulls_of, worthwhile
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.purses import factory_name, grants_with_budget, payer_of
 from tokenfactory.controller.plan.status import watts

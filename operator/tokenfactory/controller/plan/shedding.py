@@ -16,7 +16,8 @@ from typing import Final
 
 from tokenfactory.api import names
 from tokenfactory.controller.actions import Action, DeletePod, MarkPod
-from tokenfactory.controller.plan.bidding import Cleared, find_model, with_added
+from tokenfactory.controller.plan.bidding import Cleared, with_added
+from tokenfactory.controller.plan.hulls import find_model
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import Key, key_of
