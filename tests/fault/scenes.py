@@ -175,25 +175,23 @@ def act(world: World, name: str, specs: int = 0, sheets: int = 0, *, fails: bool
 
 
 def leader_steps(leader: Leader, scene: Scene) -> Iterator[tuple[str, int, Callable[[World, Leader], Any]]]:
-    """What a leader can do, apart from giving up and being replaced. News of nodes it hears just before it plans."""
+    """What a leader can do, apart from planning, giving up and being replaced."""
     who = f"leader {leader.pid}"
     if leader.site_queue:
         yield f"{who} hears what people want", 0, World.next_site_event
     if leader.sheet_queue:
         yield f"{who} hears of a deleted sheet", 0, World.next_sheet_event
-    for news in range(len(leader.node_queue) + 1):
-        heard = f" hears of {news} nodes and" if news else ""
-        for what, plan in (("sheets", World.lead_sheets), ("nodes", World.lead_nodes)):
-            yield f"{who}{heard} plans {what}", 0, lambda w, each, k=news, p=plan: _plan(w, each, k, p)
     if "silence" in scene.faults:
         for name in sorted(leader.heard):
             yield f"{who} misses {name}", 1, lambda w, each, n=name: _miss(each, n)
 
 
-def _plan(world: World, leader: Leader, news: int, plan: Callable[[World, Leader], Any]) -> None:
-    for _ in range(news):
-        world.next_node_event(leader)
-    plan(world, leader)
+def leader_plans(leader: Leader) -> Iterator[tuple[str, int, Callable[[World, Leader], Any]]]:
+    """What it can plan, after hearing so many news of nodes: these it hears just before."""
+    for news in range(len(leader.node_queue) + 1):
+        heard = f" hears of {news} nodes and" if news else ""
+        yield f"leader {leader.pid}{heard} plans sheets", news, World.lead_sheets
+        yield f"leader {leader.pid}{heard} plans nodes", news, World.lead_nodes
 
 
 def _miss(leader: Leader, name: str) -> None:

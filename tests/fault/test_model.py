@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from tests.fault.bugs import BUGS
 from tests.fault.codes import Contents
-from tests.fault.explore import Model, explore
+from tests.fault.explore import Search, explore
 from tests.fault.model import WHERE
 from tests.fault.parts import Kit
 from tests.fault.scenes import AFTER, ALIKE, BEFORE, ONE, SCENES, TWO, Scene, act, begin
@@ -58,18 +59,11 @@ def test_nothing_visible_is_missed_by_hearing_late_and_by_forgetting_what_no_lon
     """What the API server and the machines can be, with every piece of news heard at every moment of its own."""
     contents = Contents()
     seen = {_visible(world, contents) for world in _plainly(scene, contents)}
-    model = Model(scene, Kit())
-    reached = {model.first(): 1}
-    frontier = list(reached)
-    while frontier:
-        state = frontier.pop()
-        for _, cost, raw, _ in model.following(state):
-            after, left = model.settled(raw), reached[state] - cost
-            if left > reached.get(after, -1):
-                reached[after] = left
-                frontier.append(after)
+    search = Search(scene, Kit(), 1)
+    assert search.run(10**6).complete
+    reached = np.concatenate([level.rows for level in search.levels])
     assert len(seen) > 40
-    assert {_visible(model.whole(state), contents) for state in reached} == seen
+    assert {_visible(search.model.whole(state), contents) for state in reached} == seen
 
 
 def _plainly(scene: Scene, contents: Contents) -> Iterator[World]:
