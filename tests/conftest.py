@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tests import sharing
 
-from tokenfactory.twin import toolchain
+from tokenfactory.twin import toolchain, workshop
 from tokenfactory.twin.cluster import Cluster, ClusterOptions
 
 _numbers = itertools.count(1)
@@ -45,7 +45,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
             try:
                 toolchain.ensure_control_plane()
-            except toolchain.ToolError as error:
+            except workshop.ToolError as error:
                 pytest.exit(
                     f"no control plane for the cluster tests: {error}", returncode=pytest.ExitCode.USAGE_ERROR
                 )

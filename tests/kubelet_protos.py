@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.lacking import lacking
 
-from tokenfactory.twin.toolchain import tools_folder
+from tokenfactory.twin.workshop import tools_folder
 
 Shape = tuple[dict[str, frozenset[tuple[str, str, str]]], frozenset[tuple[str, str, str]]]
 

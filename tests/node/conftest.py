@@ -19,7 +19,7 @@ from tests.node.world import NAMESPACE, World, nobody
 from tests.waiting import wait_for
 
 from tokenfactory.kube.client import Client
-from tokenfactory.twin import toolchain
+from tokenfactory.twin import workshop
 from tokenfactory.twin.agent_node import SheetDesk
 from tokenfactory.twin.nvml import SimulatedNode
 
@@ -33,14 +33,14 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> machine.Runtime:
 
     What could be installed is another matter: see tests/lacking.py.
     """
-    paths = (REPOSITORY, sys.prefix, sys.base_prefix, tempfile.gettempdir(), toolchain.cache_folder())
+    paths = (REPOSITORY, sys.prefix, sys.base_prefix, tempfile.gettempdir(), workshop.cache_folder())
     if problem := machine.why_not(tmp_path_factory.mktemp("trial"), *(Path(it).resolve() for it in paths)):
         pytest.skip(problem)
     if problem := machine.lacks():
         lacking(problem)
     try:
         return machine.runtime()
-    except toolchain.ToolError as error:
+    except workshop.ToolError as error:
         lacking(f"no containerd for a real node: {error}")
 
 

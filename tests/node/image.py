@@ -28,7 +28,7 @@ from typing import IO
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from tokenfactory.twin import toolchain
+from tokenfactory.twin import workshop
 
 REPOSITORY = Path(__file__).parents[2]
 IMAGE = "tokenfactory.dev/tokenfactory:test"
@@ -57,7 +57,7 @@ _FILES = {
 class Images:
     """The three images as layers in the cache; `write` makes the archive of them."""
 
-    def __init__(self, say: toolchain.Say = toolchain.say_on_stderr) -> None:
+    def __init__(self, say: workshop.Say = workshop.say_on_stderr) -> None:
         maker = _text(Path(__file__))
         product = [
             _layer(f"python-{_key(sys.version, platform.libc_ver(), maker)}", _interpreter, say),
@@ -239,9 +239,9 @@ def _descriptor(kind: str, digest: str, size: int) -> dict[str, object]:
     return {"mediaType": kind, "digest": f"sha256:{digest}", "size": size}
 
 
-def _layer(name: str, fill: Callable[[tarfile.TarFile], None], say: toolchain.Say) -> Path:
+def _layer(name: str, fill: Callable[[tarfile.TarFile], None], say: workshop.Say) -> Path:
     path = _folder() / f"{name}.tar"
-    with toolchain._locked("node-image", say):
+    with workshop.locked("node-image", say):
         if not path.exists():
             say(f"making the image layer {path}: some seconds, once per version")
             _publish(path, fill)
@@ -263,7 +263,7 @@ def _keep_newest(folder: Path, count: int = 12) -> None:
 
 
 def _folder() -> Path:
-    folder = toolchain.cache_folder() / "node-image"
+    folder = workshop.cache_folder() / "node-image"
     folder.mkdir(exist_ok=True)
     return folder
 

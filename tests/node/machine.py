@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenfactory.twin import toolchain
+from tokenfactory.twin import toolchain, workshop
 
 PACKAGES = ("containerd", "runc", "containernetworking-plugins")
 PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
@@ -83,7 +83,7 @@ def cgroup_folders() -> tuple[Path, ...]:
     return tuple(folder for folder in folders if os.access(folder, os.W_OK))
 
 
-def runtime(say: toolchain.Say = toolchain.say_on_stderr) -> Runtime:
+def runtime(say: workshop.Say = workshop.say_on_stderr) -> Runtime:
     """Debian's packages, unpacked into the cache; on another system what is on PATH. ToolError: there is none."""
     if shutil.which("apt-get") and shutil.which("dpkg-deb"):
         return _unpacked(say)
@@ -92,19 +92,19 @@ def runtime(say: toolchain.Say = toolchain.say_on_stderr) -> Runtime:
     )
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing or plugins is None:
-        raise toolchain.ToolError(
+        raise workshop.ToolError(
             f"no Debian to take them from, and not here: {', '.join(missing) or 'the CNI plugins in /opt/cni/bin'}"
         )
     return Runtime(os.environ["PATH"], plugins)
 
 
-def _unpacked(say: toolchain.Say) -> Runtime:
-    folder = toolchain.cache_folder() / f"debian-node-runtime-{toolchain._platform_key()}"
-    with toolchain._locked(folder.name, say):
+def _unpacked(say: workshop.Say) -> Runtime:
+    folder = workshop.cache_folder() / f"debian-node-runtime-{workshop.platform_key()}"
+    with workshop.locked(folder.name, say):
         if not folder.exists():
             say(f"unpacking Debian's {', '.join(PACKAGES)} into {folder}: some seconds, once")
-            with toolchain._published(folder) as partial:
+            with workshop.published(folder) as partial:
                 for package in PACKAGES:
-                    toolchain._unpack_debian(package, partial, say)
+                    toolchain.unpack_debian(package, partial, say)
     path = ":".join((str(folder / "usr/bin"), str(folder / "usr/sbin"), os.environ["PATH"]))
     return Runtime(path, folder / "usr/lib/cni")

@@ -117,9 +117,9 @@ def tools() -> None:
 
 
 def _folder(given: Path | None) -> Path:
-    from tokenfactory.twin import toolchain
+    from tokenfactory.twin.workshop import cache_folder
 
-    return (given or toolchain.cache_folder() / "clusters" / "default").absolute()
+    return (given or cache_folder() / "clusters" / "default").absolute()
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _explained() -> Iterator[None]:
     """What a user can mend is one line on stderr, without a traceback."""
     from tokenfactory.twin.components import ClusterError
     from tokenfactory.twin.pki import PkiError
-    from tokenfactory.twin.toolchain import ToolError
+    from tokenfactory.twin.workshop import ToolError
 
     try:
         yield

@@ -26,6 +26,7 @@ from tokenfactory.twin import cluster_folder, supervisor, toolchain
 from tokenfactory.twin.access import Access
 from tokenfactory.twin.components import ClusterError, ClusterOptions, Plan
 from tokenfactory.twin.pki import Authority
+from tokenfactory.twin.workshop import Say, say_on_stderr
 
 __all__ = ["Cluster", "ClusterError", "ClusterOptions"]
 
@@ -50,7 +51,7 @@ class Cluster(Access):
         options: ClusterOptions | None = None,
         *,
         detached: bool = False,
-        say: toolchain.Say = toolchain.say_on_stderr,
+        say: Say = say_on_stderr,
     ) -> Self:
         """Start a cluster in `folder`; what an earlier one there kept (objects, certificates) is there again.
 

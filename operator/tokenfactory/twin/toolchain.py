@@ -2,233 +2,37 @@
 
 Nothing here is downloaded as a binary. Kubernetes and etcd are one Go program (tools/controlplane)
 whose every dependency is checked by go.sum; helm and kubeconform are `go install`ed at a pinned
-version; promtool comes out of Debian's package, unpacked into the cache rather than installed.
-
-What must stay true: a cached program is complete or absent (built aside, then renamed); two builds of
-the same thing never run at once (a file lock, which `go` itself inherits, so that it holds even when
-whoever started the build is killed); a build that was interrupted goes on where it stopped, because
-Go keeps every package it has finished.
+version; promtool comes out of Debian's package, unpacked into the cache rather than installed. A build
+that was interrupted goes on where it stopped, because Go keeps every package it has finished.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
-import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
-"""What a cluster needs. `kubelet` is in our own program too, but is asked for by name only."""
+from tokenfactory.twin.gobuild import Go, find_go, run_go
+from tokenfactory.twin.workshop import (
+    CONTROL_PLANE,
+    Say,
+    ToolError,
+    cache_folder,
+    check_space,
+    locked,
+    pins,
+    platform_key,
+    published,
+    run_quietly,
+    say_on_stderr,
+    tools_folder,
+)
 
 EVERY_COMPONENT = (*CONTROL_PLANE, "kubelet")
-
 _LWS = "sigs.k8s.io/lws"
-_NO_SPACE = "no space left on device"
-_NEEDED_BYTES = 500 * 1024 * 1024
-_STILL_SECONDS = 30.0
-
-Say = Callable[[str], None]
-
-
-class ToolError(RuntimeError):
-    """A tool cannot be had. The text says why, and what to try next."""
-
-
-def say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201  a build of minutes must not be silent
-
-
-def cache_folder() -> Path:
-    """`${XDG_CACHE_HOME:-~/.cache}/tokenfactory`, made when missing."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(base) / "tokenfactory"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ToolError(
-            f"cannot make the cache folder {folder}: {error.strerror}; "
-            "set XDG_CACHE_HOME to a folder that you may write"
-        ) from error
-    return folder
-
-
-def tools_folder() -> Path:
-    """The checkout's tools/: sources and pins. Not part of an installed wheel."""
-    folder = Path(__file__).resolve().parents[3] / "tools"
-    if not (folder / "versions.toml").is_file():
-        raise ToolError(
-            f"{folder} is not there: the embedded control plane is built from a checkout of Token Factory; "
-            "run from one, or set KUBEBUILDER_ASSETS to a folder with " + ", ".join(CONTROL_PLANE)
-        )
-    return folder
-
-
-def pins() -> Mapping[str, Any]:
-    return tomllib.loads((tools_folder() / "versions.toml").read_text())
-
-
-@dataclass(frozen=True)
-class Go:
-    """A Go that fits, and what its builds are keyed by."""
-
-    program: str
-    version: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.version}-{_platform_key()}"
-
-
-def _platform_key() -> str:
-    return f"{sys.platform}-{platform.machine()}"
-
-
-def find_go() -> Go:
-    """The Go on PATH, if it is of the one release line that works."""
-    pin = pins()["go"]
-    line, good = pin["line"], pin["known_good"]
-    program = shutil.which("go")
-    if program is None:
-        raise ToolError(
-            f"Go is not on PATH: the embedded control plane is built with Go {line}; "
-            f"install it from https://go.dev/dl/#go{good} and try again, "
-            "or set KUBEBUILDER_ASSETS to a folder with " + ", ".join(CONTROL_PLANE)
-        )
-    # Asked in the module's folder: go.mod may make Go switch to another toolchain.
-    answer = subprocess.run(
-        [program, "env", "GOVERSION"],
-        cwd=tools_folder() / "controlplane",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    version = answer.stdout.strip()
-    if answer.returncode != 0 or not version.startswith("go"):
-        raise ToolError(f"`{program} env GOVERSION` failed: {answer.stderr.strip() or 'no answer'}")
-    if not re.match(rf"go{re.escape(line)}(\.|$|[a-z])", version):
-        why = ": with 1.27 `kubectl apply` fails" if version.startswith("go1.27") else ""
-        raise ToolError(
-            f"{program} is {version}, but only Go {line} builds a control plane that works{why}; "
-            f"try again with GOTOOLCHAIN=go{good} in the environment (Go fetches that version itself), "
-            f"or put Go {good} first on PATH"
-        )
-    return Go(program, version)
-
-
-@contextlib.contextmanager
-def _locked(name: str, say: Say) -> Iterator[int]:
-    """One at a time over all processes of this user; yields the lock's descriptor for children."""
-    path = cache_folder() / f"{name}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{name}: another process is building it; waiting for that to end")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _check_space(folder: Path, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < _NEEDED_BYTES:
-        raise _full_disk(folder, what)
-
-
-def _full_disk(folder: Path, what: str) -> ToolError:
-    return ToolError(
-        f"the disk is full: building {what} in {folder} takes up to 4 GB with Go's build cache; "
-        "free some (`go clean -cache` gives back Go's own), or set XDG_CACHE_HOME and GOCACHE to a "
-        "bigger disk, and try again: what was built so far is kept"
-    )
-
-
-def _run_go(
-    go: Go,
-    arguments: list[str],
-    *,
-    what: str,
-    cwd: Path,
-    env: Mapping[str, str],
-    lock: int,
-    say: Say = say_on_stderr,
-) -> None:
-    """Run go, its errors explained. `lock` is inherited: no second build starts while this one lives."""
-    try:
-        building = subprocess.Popen(
-            [go.program, *arguments],
-            cwd=cwd,
-            env={**os.environ, "CGO_ENABLED": "0", **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            pass_fds=(lock,),
-        )
-    except OSError as error:
-        raise ToolError(f"cannot run {go.program}: {error.strerror}") from error
-    with building:
-        printed = _wait_saying(building, what, say)
-    if building.returncode == 0:
-        return
-    if _NO_SPACE in printed:
-        raise _full_disk(cache_folder(), what)
-    tail = "\n".join(printed.strip().splitlines()[-15:])
-    hint = "try again: what was built so far is kept"
-    if re.search(r"dial tcp|no such host|connection refused|i/o timeout|proxyconnect|TLS handshake", tail):
-        hint = "Go could not fetch its modules: check the network and `go env GOPROXY`, then try again"
-    elif "signal: killed" in tail:
-        hint = "the compiler was killed, mostly for want of memory: try again with GOFLAGS=-p=1"
-    raise ToolError(f"building {what} with {go.version} failed (`go {' '.join(arguments)}`):\n{tail}\n{hint}")
-
-
-def _wait_saying(building: subprocess.Popen[str], what: str, say: Say) -> str:
-    """What it printed, once it has ended; now and then a word that it goes on."""
-    began = time.monotonic()
-    while True:
-        try:
-            return building.communicate(timeout=_STILL_SECONDS)[0]
-        except subprocess.TimeoutExpired:
-            say(f"  still building {what}: {time.monotonic() - began:.0f} s so far")
-        except BaseException:
-            building.kill()
-            raise
-
-
-@contextlib.contextmanager
-def _published(folder: Path) -> Iterator[Path]:
-    """A folder to build into that takes its final name only when the block succeeds.
-
-    Call it under the lock: leftovers of killed builds are swept first.
-    """
-    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        raise ToolError(f"cannot write to {folder.parent}: {error.strerror}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
 
 # --- the control plane -------------------------------------------------------------------------
 
@@ -258,13 +62,13 @@ def _built_control_plane(say: Say) -> Path:
         go = find_go()
     except ToolError:
         # What was built is as good without the compiler that built it.
-        for built in sorted(cache_folder().glob(f"{stem}-go*-{_platform_key()}")):
+        for built in sorted(cache_folder().glob(f"{stem}-go*-{platform_key()}")):
             return built
         raise
     folder = cache_folder() / f"{stem}-{go.key}"
     if folder.is_dir():
         return folder
-    with _locked(stem, say) as lock:
+    with locked(stem, say) as lock:
         if not folder.is_dir():
             _build_control_plane(go, source, folder, lock, say)
     return folder
@@ -276,12 +80,12 @@ def _build_control_plane(go: Go, source: Path, folder: Path, lock: int, say: Say
         f"building the embedded control plane (Kubernetes {version}) with {go.version} into {folder}: about "
         "6 minutes on 2 cores the first time, a minute after small changes; an interrupted build goes on"
     )
-    _check_space(cache_folder(), "the control plane")
+    check_space(cache_folder(), "the control plane")
     major, minor = version.removeprefix("v").split(".")[:2]
     stamp = {"gitVersion": version, "gitMajor": major, "gitMinor": minor}
     flags = " ".join(f"-X k8s.io/component-base/version.{key}={value}" for key, value in stamp.items())
-    with _published(folder) as partial:
-        _run_go(
+    with published(folder) as partial:
+        run_go(
             go,
             ["build", "-ldflags", f"-s -w {flags}", "-o", str(partial / "controlplane"), "."],
             what="the control plane",
@@ -315,14 +119,14 @@ def ensure_lws(say: Say = say_on_stderr) -> Path:
     folder = cache_folder() / f"lws-{digest}-{go.key}"
     if folder.is_dir():
         return folder
-    with _locked(f"lws-{digest}", say) as lock:
+    with locked(f"lws-{digest}", say) as lock:
         if not folder.is_dir():
             say(f"building the controller of LeaderWorkerSets with {go.version}: some minutes, once")
-            _check_space(cache_folder(), "the controller of LeaderWorkerSets")
-            with _published(folder) as partial:
+            check_space(cache_folder(), "the controller of LeaderWorkerSets")
+            with published(folder) as partial:
                 build = ["build", "-ldflags", "-s -w", "-o", str(partial / "lws"), f"{_LWS}/cmd"]
-                _run_go(go, build, what="lws", cwd=source, env={}, lock=lock)
-                listed = _run_quietly([go.program, "list", "-m", "-f", "{{.Dir}}", _LWS], source)
+                run_go(go, build, what="lws", cwd=source, env={}, lock=lock)
+                listed = run_quietly([go.program, "list", "-m", "-f", "{{.Dir}}", _LWS], source)
                 config = Path(listed.stdout.strip() or "nowhere") / "config"
                 if not config.is_dir():
                     raise ToolError(f"{_LWS} cannot be found among Go's modules: {listed.stderr.strip()}")
@@ -351,16 +155,16 @@ def _ensure_go_tool(name: str, ask: list[str], say: Say) -> Path:
     on_path = shutil.which(name)
     if on_path and _answer([on_path, *ask]).startswith(pin["accepts"]):
         return Path(on_path)
-    folder = cache_folder() / f"{name}-{version}-{_platform_key()}"
+    folder = cache_folder() / f"{name}-{version}-{platform_key()}"
     if (folder / name).exists():
         return folder / name
     go = find_go()
-    with _locked(f"{name}-{version}", say) as lock:
+    with locked(f"{name}-{version}", say) as lock:
         if not (folder / name).exists():
             say(f"building {name} {version} with {go.version}: about {pin['minutes']} minutes, once")
-            _check_space(cache_folder(), name)
-            with _published(folder) as partial:
-                _run_go(
+            check_space(cache_folder(), name)
+            with published(folder) as partial:
+                run_go(
                     go,
                     ["install", f"{pin['package']}@{version}"],
                     what=name,
@@ -396,7 +200,7 @@ def _ensure_debian_tool(name: str, package: str, say: Say) -> Path:
     on_path = shutil.which(name)
     if on_path:
         return Path(on_path)
-    program = cache_folder() / f"debian-{package}-{_platform_key()}" / "usr" / "bin" / name
+    program = cache_folder() / f"debian-{package}-{platform_key()}" / "usr" / "bin" / name
     if program.exists():
         return program
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
@@ -405,33 +209,29 @@ def _ensure_debian_tool(name: str, package: str, say: Say) -> Path:
             "install Prometheus (https://prometheus.io/download/, 2.42 or later) so that it is on PATH"
         )
     folder = program.parents[2]
-    with _locked(f"debian-{package}", say):
+    with locked(f"debian-{package}", say):
         if not program.exists():
             say(f"unpacking Debian's package {package} into {folder} for {name}: about a minute, once")
-            with _published(folder) as partial:
-                _unpack_debian(package, partial, say)
+            with published(folder) as partial:
+                unpack_debian(package, partial, say)
     return program
 
 
-def _unpack_debian(package: str, into: Path, say: Say) -> None:
+def unpack_debian(package: str, into: Path, say: Say) -> None:
     download = ["apt-get", "download", "-q", package]
-    done = _run_quietly(download, into)
+    done = run_quietly(download, into)
     if done.returncode != 0 and os.geteuid() == 0:
         say("apt-get knows no such package yet: running apt-get update")
-        _run_quietly(["apt-get", "update", "-q"], into)
-        done = _run_quietly(download, into)
+        run_quietly(["apt-get", "update", "-q"], into)
+        done = run_quietly(download, into)
     archives = sorted(into.glob("*.deb"))
     if done.returncode != 0 or not archives:
         raise ToolError(
             f"`{' '.join(download)}` failed: {done.stderr.strip() or done.stdout.strip()}\n"
             f"run `apt-get update` as root and try again, or install {package} so that it is on PATH"
         )
-    unpacked = _run_quietly(["dpkg-deb", "-x", archives[0].name, "."], into)
+    unpacked = run_quietly(["dpkg-deb", "-x", archives[0].name, "."], into)
     if unpacked.returncode != 0:
         raise ToolError(f"cannot unpack {archives[0].name}: {unpacked.stderr.strip()}")
     for archive in archives:
         archive.unlink()
-
-
-def _run_quietly(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)

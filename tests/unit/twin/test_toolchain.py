@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from tests.waiting import wait_for
 
-from tokenfactory.twin import toolchain
-from tokenfactory.twin.toolchain import CONTROL_PLANE, ToolError
+from tokenfactory.twin import gobuild, toolchain, workshop
+from tokenfactory.twin.workshop import CONTROL_PLANE, ToolError
 
 # Logs its calls; builds what it is told to; `trouble`, where it exists, is run instead of building.
 FAKE_GO = """#!/bin/sh
@@ -85,7 +85,7 @@ def test_the_control_plane_is_built_once_and_says_how_long_it_takes(machine: Sim
 def test_a_long_build_says_that_it_goes_on(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
     heard = machine.folder / "heard"
     machine.trouble(f"until [ -e {heard} ]; do sleep 0.01; done")
-    monkeypatch.setattr(toolchain, "_STILL_SECONDS", 0.05)
+    monkeypatch.setattr(gobuild, "_STILL_SECONDS", 0.05)
 
     def say(line: str) -> None:
         if line.startswith("  still building the control plane: "):
@@ -101,7 +101,7 @@ def test_another_source_is_another_build(
     first = toolchain.ensure_control_plane(machine.said.append)
     copy = machine.folder / "tools"
     (copy / "controlplane").mkdir(parents=True)
-    source = toolchain.tools_folder()
+    source = workshop.tools_folder()
     for name in ("versions.toml", "controlplane/go.mod", "controlplane/go.sum", "controlplane/main.go"):
         (copy / name).write_bytes((source / name).read_bytes())
     monkeypatch.setattr(toolchain, "tools_folder", lambda: copy)
@@ -177,7 +177,7 @@ def test_what_goes_wrong_is_said_with_the_next_thing_to_try(case: str, machine: 
 def test_a_disk_that_is_full_before_is_not_built_on(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(toolchain.shutil, "disk_usage", lambda _: SimpleNamespace(free=1024))
+    monkeypatch.setattr(workshop.shutil, "disk_usage", lambda _: SimpleNamespace(free=1024))
     with pytest.raises(ToolError, match="the disk is full"):
         toolchain.ensure_control_plane(machine.said.append)
     assert machine.calls() == []
@@ -299,7 +299,7 @@ def test_a_tool_on_path_is_used_only_in_a_fitting_version(
     built = ensure(machine.said.append)
     assert ensure(machine.said.append) == built
     assert built.parent.parent == machine.cache
-    pinned = toolchain.pins()[name]
+    pinned = workshop.pins()[name]
     assert machine.calls() == [f"install {pinned['package']}@{pinned['version']}"]
 
 
