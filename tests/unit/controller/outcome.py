@@ -19,7 +19,7 @@ def outcome(world: SmallWorld) -> dict[str, Any]:
         "factories": {key: _factory(each) for key, each in world.objects[TokenFactory].items()},
         "domains": {name: _domain(each) for (_, name), each in world.objects[PowerDomain].items()},
         "workloads": {
-            (kind.KIND, *key): _owned(each)
+            (kind.KIND, *key): _owned(world, each)
             for kind in (Deployment, Service)
             for key, each in world.objects[kind].items()
         },
@@ -66,8 +66,10 @@ def _domain(domain: PowerDomain) -> Any:
     }
 
 
-def _owned(each: Deployment | Service) -> Any:
-    return (each.spec, each.metadata.labels, [owner.uid for owner in each.metadata.owner_references])
+def _owned(world: SmallWorld, each: Deployment | Service) -> Any:
+    there = {factory.metadata.uid for factory in world.objects[TokenFactory].values()}
+    owners = [(owner.name, owner.uid in there) for owner in each.metadata.owner_references]
+    return (each.spec, each.metadata.labels, owners)
 
 
 def _node(world: SmallWorld, node: GPUNode) -> Any:

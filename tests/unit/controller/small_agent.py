@@ -62,6 +62,7 @@ class Agent:
         milliseconds: int,
     ) -> GPUNodeStatus:
         """One pass: what the governor orders is set and read back. Returns what there is to report of it."""
+        uids = _uids(node, holding)
         view = View(
             boot_id=self.boot_id,
             spec=node.spec,
@@ -76,7 +77,7 @@ class Agent:
                     min_milliwatts=MIN_MILLIWATTS,
                     max_milliwatts=MAX_MILLIWATTS,
                     enforced_milliwatts=limit,
-                    pod_uid=(holding[uuid].metadata.uid or "") if uuid in holding else "",
+                    pod_uid=uids.get(uuid, ""),
                 )
                 for uuid, limit in self.limits().items()
             ),
@@ -97,7 +98,7 @@ class Agent:
                 AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())
             ),
             gpus=tuple(
-                _gpu_status(index, uuid, limit, holding.get(uuid))
+                _gpu_status(index, uuid, limit, holding.get(uuid), uids.get(uuid, ""))
                 for index, (uuid, limit) in enumerate(enforced.items())
             ),
             overhead_milliwatts=self.overhead_milliwatts,
@@ -120,7 +121,18 @@ class Agent:
         return msgspec.structs.replace(node, status=status)
 
 
-def _gpu_status(index: int, uuid: str, limit: int, pod: Pod | None) -> GPUStatus:
+def _uids(node: GPUNode, holding: Mapping[str, Pod]) -> dict[str, str]:
+    """By GPU. An agent sees no pods: one that its node's spec does not list is a stranger to it, whoever made it."""
+    listed = {grant.uid for grant in node.spec.pods}
+    return {
+        uuid: uid
+        if (uid := pod.metadata.uid or "") in listed
+        else f"?{pod.metadata.namespace}/{pod.metadata.name}"
+        for uuid, pod in holding.items()
+    }
+
+
+def _gpu_status(index: int, uuid: str, limit: int, pod: Pod | None, uid: str) -> GPUStatus:
     return GPUStatus(
         index=index,
         uuid=uuid,
@@ -130,5 +142,5 @@ def _gpu_status(index: int, uuid: str, limit: int, pod: Pod | None) -> GPUStatus
         default_milliwatts=MAX_MILLIWATTS,
         enforced_milliwatts=limit,
         pod=f"{pod.metadata.namespace}/{pod.metadata.name}" if pod else "",
-        pod_uid=(pod.metadata.uid or "") if pod else "",
+        pod_uid="" if uid.startswith("?") else uid,
     )

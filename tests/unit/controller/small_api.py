@@ -47,8 +47,8 @@ class SmallApi:
             kind = APPLIED[raw["kind"]]
             obj = msgspec.convert(raw, kind)
             held = self.objects[kind].get(key_of(obj))
-            meta = msgspec.structs.replace(obj.metadata, uid=f"uid-{obj.metadata.name}")
-            obj = msgspec.structs.replace(obj, metadata=meta)
+            uid = held.metadata.uid if held else f"uid-{obj.metadata.name}-{self.version + 1}"
+            obj = msgspec.structs.replace(obj, metadata=msgspec.structs.replace(obj.metadata, uid=uid))
             if held is not None:
                 obj = msgspec.structs.replace(obj, status=held.status)
             self.put(obj, new_generation=True)

@@ -81,7 +81,9 @@ class SmallCluster(SmallApi):
             mine = [
                 pod
                 for pod in self.objects[Pod].values()
-                if pod.metadata.labels == labels and not pod.metadata.deletion_timestamp
+                if pod.metadata.namespace == namespace
+                and pod.metadata.labels == labels
+                and not pod.metadata.deletion_timestamp
             ]
             # A ReplicaSet parts first with what does not serve, then by the deletion cost.
             mine.sort(key=lambda pod: (not _serves(pod), -_cost(pod)))

@@ -11,6 +11,7 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.cutting import cuts
+from tokenfactory.controller.objects import Deployment
 from tokenfactory.kube.objects import Pod
 
 SITE = (hall("30kW"), factory(model(replicas=(3, 8))))
@@ -210,3 +211,21 @@ def test_beside_a_stranger_every_replica_that_fits_gets_its_watts():
         assert draw(world) <= 14_000_000
     mine = [pod for pod in world.ready_pods() if pod.metadata.name != "stranger"]
     assert len(mine) == 7, chat_of(world).status.waiting
+
+
+def test_factories_of_one_name_in_two_namespaces_have_nothing_in_common():
+    world = SmallWorld.of(4, hall("30kW"))
+    world.apply(*(factory(model(replicas=(2, 2)), namespace=name) for name in ("a", "b")))
+    world.settle()
+    for name in ("a", "b"):
+        assert world.objects[TokenFactory][name, "chat"].status.ready == "2/2"
+        (made,) = (key for key in world.objects[Deployment] if key[0] == name)
+        assert made == (name, "chat-llama")
+    assert len({each.metadata.uid for each in world.objects[TokenFactory].values()}) == 2
+    classes = {grant.class_name for node in world.objects[GPUNode].values() for grant in node.spec.pods}
+    assert {label.partition("/")[0] for label in classes} == {"a", "b"}
+    world.delete_factory("a", "chat")
+    world.settle()
+    assert set(world.objects[Deployment]) == {("b", "chat-llama")}
+    assert world.objects[TokenFactory]["b", "chat"].status.ready == "2/2"
+    assert {pod.metadata.namespace for pod in world.ready_pods()} == {"b"}
