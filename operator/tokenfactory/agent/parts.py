@@ -6,17 +6,15 @@ agents in one process on one shared watch. Neither the loop nor anything it call
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Protocol
 
 from tokenfactory.agent.nvml import Gpu
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeStatus
+from tokenfactory.kube.times import boot_seconds, rfc3339
 from tokenfactory.planning.power.governor import Sheet
-
-_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class NodeSource(Protocol):
@@ -98,7 +96,7 @@ class SystemClock:
     """The machine's own."""
 
     def monotonic(self) -> float:
-        return time.clock_gettime(_CLOCK)
+        return boot_seconds()
 
     def wall(self) -> str:
-        return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return rfc3339(datetime.now(UTC))

@@ -20,10 +20,10 @@ from tokenfactory.api.meta import OwnerReference
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.checkpoints.keeper import Saved
 from tokenfactory.controller.observer import Observer
-from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.kube.apply import Writer, Written
 from tokenfactory.kube.errors import ApiError, UnreachableError
 from tokenfactory.kube.objects import Pod
+from tokenfactory.kube.times import rfc3339
 
 log = logging.getLogger(__name__)
 _LARGEST_ANSWER = 65_536

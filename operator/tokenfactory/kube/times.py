@@ -14,6 +14,11 @@ def boot_seconds() -> float:
     return time.clock_gettime(_CLOCK)
 
 
+def rfc3339(at: datetime) -> str:
+    """A Time, to the second."""
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def micro_time() -> str:
     """Now, as a MicroTime. For people to read; nothing here decides on another machine's wall clock."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

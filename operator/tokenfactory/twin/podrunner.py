@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from tokenfactory.kube.times import rfc3339
 from tokenfactory.twin.processes import PROGRAM, environment
 
 Object = dict[str, Any]
@@ -134,4 +135,4 @@ class Containers:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(datetime.now(UTC))

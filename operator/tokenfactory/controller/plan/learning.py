@@ -33,8 +33,9 @@ from tokenfactory.controller.plan.profiles import (
     profile_of,
     repository_of,
 )
-from tokenfactory.controller.plan.status import decimal, rfc3339
+from tokenfactory.controller.plan.status import decimal
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.kube.times import rfc3339
 from tokenfactory.planning.power.learning import Learned, Observation, learn, recall
 from tokenfactory.planning.power.profile import Point
 

@@ -18,9 +18,9 @@ from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.controller.actions import Action, ChargeNode, TaintNode, Tell
 from tokenfactory.controller.plan.profiles import actuators_of
 from tokenfactory.controller.plan.quarantining import repeat_offenders
-from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import GpuHost, Replica, World, has_finished
 from tokenfactory.kube.objects import Node
+from tokenfactory.kube.times import rfc3339
 from tokenfactory.planning.power import grants
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.lines import NodeFacts

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from tokenfactory.api.gpu_node import Quarantine
 from tokenfactory.api.token_factory import Incident
-from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import DEFAULT_DETECT_SECONDS, World
+from tokenfactory.kube.times import rfc3339
 from tokenfactory.planning.recovery.incidents import failures, is_storm
 
 

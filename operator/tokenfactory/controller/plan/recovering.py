@@ -9,8 +9,8 @@ import msgspec
 from tokenfactory.api.token_factory import Incident, TokenFactory
 from tokenfactory.checkpoints.warm_cache import Restored
 from tokenfactory.controller.actions import Action, DeletePod
-from tokenfactory.controller.plan.status import rfc3339
 from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.kube.times import rfc3339
 from tokenfactory.planning.recovery.incidents import LostReplica, ReplicaFacts, Situation, step
 
 

@@ -1,4 +1,4 @@
-"""What people are told: statuses of domains and factories, from the same facts and reasons that the plan acted on."""
+"""Conditions and figures as a status tells them: rounded to the safe side, and told anew only when they say something new."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 
 from tokenfactory.api.meta import Condition, ConditionStatus
 from tokenfactory.api.quantities import Milliwatts, format_power
+from tokenfactory.kube.times import rfc3339
 
 Verdict = tuple[bool | None, str, str]
 """(holds? None: cannot be told; reason; message)."""
@@ -51,10 +52,6 @@ def conditions(
 def turned(before: Sequence[Condition], after: Sequence[Condition]) -> bool:
     """Did a condition change its status or reason? Then people should hear of it at once."""
     return {(c.type, c.status, c.reason) for c in before} != {(c.type, c.status, c.reason) for c in after}
-
-
-def rfc3339(wall: datetime) -> str:
-    return wall.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def watts(milliwatts: int) -> str:
