@@ -412,12 +412,13 @@ class TokenFactory(Resource, frozen=True, kw_only=True):
     )
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            rule=matches(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "self.metadata.name")
+            # Before Kubernetes 1.36 a Service's name begins with a letter, and a LeaderWorkerSet's always does.
+            rule=matches(r"^[a-z]([-a-z0-9]*[a-z0-9])?$", "self.metadata.name")
             + f" && size(self.metadata.name) <= {FACTORY_NAME_LENGTH}",
             at_birth=True,
             message="not the name of a TokenFactory",
             advice='"\'" + self.metadata.name + "\' is not the name of a TokenFactory:'
-            f' write at most {FACTORY_NAME_LENGTH} lower-case letters, digits and dashes, no dots"',
+            f' write at most {FACTORY_NAME_LENGTH} lower-case letters, digits and dashes, no dots, beginning with a letter"',
         ),
         Rule(
             rule="self.spec.models.all(m, size(self.metadata.name) + 1 + size(m.name)"
