@@ -95,7 +95,18 @@ class Barring(Generic[T]):
             name: {key: held for key, held in getattr(snapshot, name).items() if (kind, key) not in words}
             for kind, name in FIELDS.items()
         }
-        return replace(snapshot, undecodable={**snapshot.undecodable, **words}, **changes)
+        uids = {
+            (kind, key): held.metadata.uid or ""
+            for kind, name in FIELDS.items()
+            for key, held in getattr(snapshot, name).items()
+            if (kind, key) in words
+        }
+        return replace(
+            snapshot,
+            undecodable={**snapshot.undecodable, **words},
+            uids={**snapshot.uids, **uids},
+            **changes,
+        )
 
 
 def _versions(snapshot: Snapshot) -> dict[Slot, str]:

@@ -16,6 +16,7 @@ from tokenfactory.controller.plan.accounting import account
 from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.choosing import choose, unguarded
 from tokenfactory.controller.plan.domains import Grid, lay_out
+from tokenfactory.controller.plan.halves import halves
 from tokenfactory.controller.plan.learning import learn_profiles
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
@@ -100,12 +101,14 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions += charging
     actions += open_gates(world)
     actions += replaced
+    halved, given_up = halves(world, (*choice.unplaced, *granting.waiting), memory.halves)
+    actions += given_up
     actions += less.actions
     actions += serve(world, less.staffing, options.workloads)
     unplaced = (*choice.unplaced, *granting.waiting, *unguarded(world))
     books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent)
     actions += _tell(books)
-    actions += _unread(snapshot.unread_factories, memory.unread)
+    actions += _unread(snapshot, memory.unread)
     actions += retire(world, ledger)
     lessons, taught = learn_profiles(world, memory.lessons)
     actions += taught
@@ -113,13 +116,15 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
     plan = Plan(
-        tuple(actions), again_after_seconds=min(_again(world, grid, sheets), 2.0 if refused.since else 30.0)
+        tuple(actions),
+        again_after_seconds=min(_again(world, grid, sheets), 2.0 if refused.since or halved else 30.0),
     )
     remembered = Memory(
         staffing.memory,
         energy,
         caps,
         refused,
+        halved,
         less.memory,
         readings,
         unread=snapshot.unread_factories,
@@ -211,16 +216,25 @@ def _tell(books: Books) -> list[Action]:
     return actions
 
 
-def _unread(now: Mapping[Key, str], told: Mapping[Key, str]) -> list[Action]:
-    """An Event on each factory that cannot be read: its status is as unreadable as its spec."""
+def _unread(snapshot: Snapshot, told: Mapping[Key, str]) -> list[Action]:
+    """An Event on each factory that cannot be read: its status is as unreadable as its spec.
+
+    With the uid: `kubectl describe` shows the Events of that very object only.
+    """
     return [
         Tell(
-            ObjectRef(api_version=API_VERSION, kind=TokenFactory.KIND, namespace=key[0], name=key[1]),
+            ObjectRef(
+                api_version=API_VERSION,
+                kind=TokenFactory.KIND,
+                namespace=key[0],
+                name=key[1],
+                uid=snapshot.uids.get((TokenFactory.KIND, key), ""),
+            ),
             "Unreadable",
             f"its pods keep their places and charges, and no change of it is followed: {why}"[:1024],
             "Warning",
         )
-        for key, why in sorted(now.items())
+        for key, why in sorted(snapshot.unread_factories.items())
         if told.get(key) != why
     ]
 

@@ -157,7 +157,7 @@ class Observer:
                 except (ApiError, UnreachableError) as error:
                     log.warning("list failed", extra={"kind": kind.KIND, "error": str(error)})
                     continue
-                store.replace_all(page.items, page.resource_version, page.undecodable)
+                store.replace_all(page.items, page.resource_version, page.undecodable, page.uids)
             complete = all(store.complete for store in self.stores.values())
             if complete:
                 self._listed.set()
@@ -194,6 +194,11 @@ class Observer:
             silent_seconds=silent,
             unsettled=unsettled.still(self.version_of),
             undecodable=self._undecodable(),
+            uids={
+                (store.kind.KIND, key): store.uids.get(key, "")
+                for store in self.stores.values()
+                for key in store.undecodable
+            },
         )
 
     def version_of(self, slot: tuple[str, str]) -> int:

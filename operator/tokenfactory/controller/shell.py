@@ -123,7 +123,7 @@ def _take_in(store: Store[T], kind: type[T], key: tuple[str, str], raw: dict[str
     try:
         obj = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        store.broken(key, str(error))
+        store.broken(key, str(error), raw.get("metadata", {}).get("uid", ""))
         return
     store.put(obj)
 

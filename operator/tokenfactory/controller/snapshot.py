@@ -56,6 +56,8 @@ class Snapshot:
     """(kind, name) of sheets and nodes that we wrote without learning the outcome."""
     undecodable: Mapping[tuple[str, Key], str] = field(default_factory=dict)
     """(kind, key) → why: these objects are not as the snapshot shows them."""
+    uids: Mapping[tuple[str, Key], str] = field(default_factory=dict)
+    """Of those that people wrote, as far as they are known."""
 
     @property
     def unreadable(self) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ class Store(Generic[T]):
         self.kind = kind
         self.complete = False
         self.undecodable: dict[Key, str] = {}
+        self.uids: dict[Key, str] = {}
+        """Of what is undecodable: which object it is that people are told about."""
         self._objects: dict[Key, T] = {}
         self._deleted: dict[str, int] = {}
         self._listeners: list[Callable[[], None]] = []
@@ -57,17 +59,24 @@ class Store(Generic[T]):
             del self._objects[key]
             self._changed()
 
-    def broken(self, key: Key, why: str) -> None:
+    def broken(self, key: Key, why: str, uid: str = "") -> None:
         """An object does not fit its type: the last good state stays, and its reader must say so."""
+        self.uids[key] = uid
         if self.undecodable.get(key) != why:
             self.undecodable[key] = why
             self._changed()
 
-    def replace_all(self, objects: Iterable[T], version: int, undecodable: Mapping[Key, str] = NONE) -> None:
+    def replace_all(
+        self,
+        objects: Iterable[T],
+        version: int,
+        undecodable: Mapping[Key, str] = NONE,
+        uids: Mapping[Key, str] = NONE,
+    ) -> None:
         """A complete list as of `version`: what is not in it and not newer is gone, whether it could be read or not."""
         listed = {key_of(obj): obj for obj in objects}
         for key, why in undecodable.items():
-            self.broken(key, why)
+            self.broken(key, why, uids.get(key, ""))
         for key in [key for key in self.undecodable if key not in listed and key not in undecodable]:
             del self.undecodable[key]
             self._changed()

@@ -36,6 +36,8 @@ class ListPage(Generic[T]):
     resource_version: int = 0
     items: list[T] = field(default_factory=list)
     undecodable: dict[Key, str] = field(default_factory=dict)
+    uids: dict[Key, str] = field(default_factory=dict)
+    """Of these."""
 
 
 class Listing(Generic[T]):
@@ -90,4 +92,6 @@ class Listing(Generic[T]):
             complete.items.append(self._decode_one(raw))
         except msgspec.ValidationError as fault:
             meta = msgspec.json.decode(raw, type=_Bare).metadata
-            complete.undecodable[meta.namespace or "", meta.name] = str(fault)
+            key = (meta.namespace or "", meta.name)
+            complete.undecodable[key] = str(fault)
+            complete.uids[key] = meta.uid or ""

@@ -15,7 +15,7 @@ from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode, PodMeter
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.api.power_domain import PowerDomain
-from tokenfactory.controller.objects import Deployment
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet
 from tokenfactory.kube.objects import KubeCondition, Node, NodeStatus, Pod, PodStatus
 from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, gpu_truth
 
@@ -91,10 +91,40 @@ class SmallCluster(SmallApi):
             wanted |= {key_of(pod) for pod in kept}
             for _ in range(held.spec["replicas"] - len(kept)):
                 wanted.add(key_of(self._make_pod(namespace, name, template, mark)))
+        for (namespace, name), held in self.objects[LeaderWorkerSet].items():
+            for number in range(held.spec["replicas"]):
+                wanted |= self._group(namespace, name, held.spec["leaderWorkerTemplate"], number)
         for key, pod in list(self.objects[Pod].items()):
             ours = names.MODEL_LABEL in pod.metadata.labels
             if ours and key not in wanted and not pod.metadata.deletion_timestamp:
                 self.delete_pod(pod)
+
+    def _group(self, namespace: str, name: str, parts: Any, number: int) -> set[tuple[str, str]]:
+        """All pods of one replica that spans nodes; one that lost a pod starts anew as a whole."""
+        mark = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+        keys = [
+            (namespace, f"{name}-{number}-{worker}" if worker else f"{name}-{number}")
+            for worker in range(parts["size"])
+        ]
+        there = [self.objects[Pod][key] for key in keys if key in self.objects[Pod]]
+        if len(there) == len(keys) and all(pod.metadata.annotations[TEMPLATE] == mark for pod in there):
+            return set(keys)
+        for pod in there:
+            self.delete_pod(pod)
+        for worker, key in enumerate(keys):
+            if key in self.objects[Pod]:  # its node is lost
+                continue
+            part = parts["workerTemplate" if worker else "leaderTemplate"]
+            labels = {names.LWS_GROUP_LABEL: str(number), names.LWS_WORKER_LABEL: str(worker)}
+            meta = {
+                "name": key[1],
+                "namespace": namespace,
+                "uid": f"uid-{key[1]}-{self.version}",
+                "labels": part["metadata"]["labels"] | labels,
+                "annotations": {TEMPLATE: mark},
+            }
+            self.put(msgspec.convert({"metadata": meta, "spec": part["spec"]}, Pod))
+        return set(keys)
 
     def _make_pod(self, namespace: str, name: str, template: Any, mark: str) -> Pod:
         self.version += 1

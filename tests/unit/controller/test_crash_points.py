@@ -14,6 +14,7 @@ from tests.unit.controller.manifests import LLAMA_8B, Manifest, domain, rack
 from tests.unit.controller.outcome import outcome
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
+from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.controller import actions as act
 from tokenfactory.controller import compose
@@ -38,6 +39,17 @@ def factory(*models: Manifest, name: str = "chat") -> Step:
 
 def node(name: str, rack: str) -> Step:
     return lambda world: world.add_node(name, gpus=2, rack=rack)
+
+
+def groups(world: SmallWorld) -> None:
+    world.has_groups = True
+
+
+def spanning(replicas: int = 1) -> str:
+    """Two nodes each, and a GPU on each of them."""
+    return model("huge", replicas=replicas).replace(
+        "gpusPerReplica: 1", "gpusPerReplica: 1\n    nodesPerReplica: 2"
+    )
 
 
 def dies(world: SmallWorld) -> None:
@@ -92,6 +104,14 @@ STORIES = {
         (*THREE, site(), factory(model(), model("big", replicas=1, band=50))),
         (factory(),),
         (*THREE, site(), factory()),
+    ),
+    "group": Story(
+        (*THREE, site(), groups), (factory(spanning(2)),), (*THREE, site(), groups, factory(spanning(2)))
+    ),
+    "group removed": Story(
+        (*THREE, site(), groups, factory(spanning(), model())),
+        (factory(),),
+        (*THREE, site(), groups, factory()),
     ),
     "second factory": Story(
         (*THREE, site(), factory()),
@@ -153,6 +173,56 @@ def crash_points(world: SmallWorld) -> list[tuple[str, SmallWorld]]:
     for _, copy in killed:
         copy.before_write = lambda _: None
     return killed
+
+
+class Killed(Exception):  # noqa: N818 - it is what happens
+    """The operator is gone."""
+
+
+def half_a_group() -> SmallWorld:
+    """Its operator was killed between the two writes that charge it."""
+    world = play((*THREE, site(), groups))
+    follow(world)
+    factory(spanning())(world)
+
+    def before(action: act.Action) -> None:
+        if isinstance(action, act.ChargeNode) and action.spec.pods and charged_pods(world):
+            raise Killed
+
+    world.before_write = before
+    with pytest.raises(Killed):
+        follow(world)
+    world.before_write = lambda _: None
+    world.crash()
+    assert len(charged_pods(world)) == 1
+    return world
+
+
+def charged_pods(world: SmallWorld) -> list[str]:
+    return [grant.name for node in world.objects[GPUNode].values() for grant in node.spec.pods]
+
+
+def test_the_other_half_of_a_group_is_charged_by_the_next_operator():
+    world = half_a_group()
+    follow(world)
+    assert len(charged_pods(world)) == 2
+    assert len(world.ready_pods()) == 2
+
+
+def test_half_a_group_whose_rest_finds_no_place_gives_up_its_own():
+    """Else it would hold watts for ever, and two halves would wait for each other."""
+    world = half_a_group()
+    site("3.2kW")(world)
+    follow(world)
+    assert charged_pods(world) == []
+    hall = world.objects[PowerDomain]["", "hall"].status
+    assert hall.charge == "2.7kW", "six GPUs at their minimum, and three nodes"
+    said = [each.reason for each in world.writes if isinstance(each, act.DeletePod)]
+    assert said
+    assert all(reason.startswith("only 1 of the pods of its group have a place") for reason in said)
+    site()(world)
+    follow(world)
+    assert len(world.ready_pods()) == 2
 
 
 @pytest.mark.parametrize("name", STORIES)

@@ -56,8 +56,11 @@ def test_the_deletion_of_a_namesake_leaves_the_new_one(store: Store[PowerDomain]
 
 def test_an_object_that_does_not_fit_keeps_its_last_good_state_and_is_named(store: Store[PowerDomain]):
     store.broken(("", "hall"), "limit: expected text")
-    store.replace_all([], version=40, undecodable={("", "hall"): "limit: expected text"})
+    store.replace_all(
+        [], version=40, undecodable={("", "hall"): "limit: expected text"}, uids={("", "hall"): "u1"}
+    )
     assert held(store) == {"hall": "1MW"}
+    assert store.uids == {("", "hall"): "u1"}
     assert store.undecodable == {("", "hall"): "limit: expected text"}
     store.put(domain(version=41, limit="3MW"))
     assert held(store) == {"hall": "3MW"}

@@ -57,7 +57,8 @@ class NewerFactory(SmallWorld):
         undecodable = {
             (TokenFactory.KIND, key): "Expected `int`, got `str` - at `$.spec.models[0].gpusPerReplica`"
         }
-        return dataclasses.replace(whole, factories=rest, undecodable=undecodable)
+        uids = dict.fromkeys(undecodable, "uid-chat")
+        return dataclasses.replace(whole, factories=rest, undecodable=undecodable, uids=uids)
 
 
 def test_a_factory_that_a_restarted_operator_cannot_read_keeps_its_pods_and_charges():
@@ -78,7 +79,9 @@ def test_a_factory_that_a_restarted_operator_cannot_read_keeps_its_pods_and_char
     assert (feasible.status, feasible.reason) == ("False", "FactoryUnreadable")
     assert "gpusPerReplica" in feasible.message
     told = [each for each in world.writes if isinstance(each, act.Tell) and isinstance(each.about, ObjectRef)]
-    assert [(each.about.name, each.reason) for each in told] == [("chat", "Unreadable")]
+    assert [(each.about.name, each.about.uid, each.reason) for each in told] == [
+        ("chat", "uid-chat", "Unreadable")
+    ], "kubectl describe looks for the object's own uid"
     world.newer = False
     world.settle()
     assert {pod.metadata.uid for pod in world.ready_pods()} == pods

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tokenfactory.controller.plan.halves import Since
 from tokenfactory.controller.plan.learning import Lessons
 from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.replicating import Reading
@@ -42,6 +43,7 @@ class Memory:
     caps: Mapping[tuple[str, str], Held] = field(default_factory=dict)
     """By (domain, class)."""
     refusals: Refusals = field(default_factory=Refusals)
+    halves: Since = field(default_factory=dict)
     shedding: Shedding = field(default_factory=Shedding)
     readings: Mapping[str, Reading] = field(default_factory=dict)
     """By pod UID."""
