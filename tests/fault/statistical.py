@@ -108,7 +108,7 @@ class StatisticalWorld(World):
         )
         domain = PowerDomain(metadata=ObjectMeta(name=HALL), spec=spec)
         seen = Seen(Snapshot(Leadership(1, 1), WALL, now, domains={("", HALL): domain}), (), {})
-        grid = Grid(_NO_TREE, book.domains, {}, {}, {}, None)
+        grid = Grid(_NO_TREE, {}, book.domains, {}, {}, {}, None)
         _, book, self.known[leader.pid] = self.kit.oversubscribe(seen, grid, book, self.known[leader.pid])
         return book
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, time, timedelta
+from zoneinfo import ZoneInfo
 
-from tokenfactory.api.power_domain import PowerDomain
+from tokenfactory.api.power_domain import PowerDomain, TimetableEntry
 from tokenfactory.api.quantities import is_percent, parse_percent, parse_power
 
 
@@ -57,27 +59,36 @@ class _Feeding:
         return self.drawing_milliwatts > self.limit_milliwatts
 
 
-def _feeding(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth]) -> dict[str, _Feeding]:
+def _feeding(
+    domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], now: datetime
+) -> dict[str, _Feeding]:
     by_name = {domain.metadata.name: domain for domain in domains}
-    fleet = list(nodes)
+    lines = {name: _line(domain, by_name) for name, domain in by_name.items()}
+    fleet = [(node, _fed_by(node, by_name, lines)) for node in nodes]
     found = {}
-    for name, domain in by_name.items():
-        limit = _limit(domain, by_name)
+    for name in by_name:
+        limit = _limit(name, by_name, lines, now)
         if limit is None:
             continue
-        mine = {node.name: node for node in fleet if _under(node, name, by_name)}
+        mine = {node.name: node for node, feeding in fleet if name in feeding}
         total = sum(node.gpu_milliwatts + node.overhead_milliwatts for node in mine.values())
-        found[name] = _Feeding(limit, total + parse_power(domain.spec.fixed_load), mine)
+        fixed = sum(parse_power(by_name[below].spec.fixed_load) for below in by_name if name in lines[below])
+        found[name] = _Feeding(limit, total + fixed, mine)
     return found
 
 
-def breaches(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth]) -> list[Breach]:
-    """Every domain whose nodes may together draw more than its limit."""
+def breaches(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], now: datetime) -> list[Breach]:
+    """Every domain whose nodes may together draw more than its limit at this time."""
     return [
-        Breach(name, now.drawing_milliwatts, now.limit_milliwatts)
-        for name, now in _feeding(domains, nodes).items()
-        if now.over
+        Breach(name, feeding.drawing_milliwatts, feeding.limit_milliwatts)
+        for name, feeding in _feeding(domains, nodes, now).items()
+        if feeding.over
     ]
+
+
+def drawn(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], now: datetime) -> dict[str, int]:
+    """By domain, what its nodes may together draw, with its fixed loads, in milliwatts."""
+    return {name: feeding.drawing_milliwatts for name, feeding in _feeding(domains, nodes, now).items()}
 
 
 @dataclass
@@ -94,7 +105,12 @@ class BudgetWatch:
     _lowered: set[str] = field(default_factory=set)
 
     def look(
-        self, domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], *, read_anew: bool = True
+        self,
+        domains: Iterable[PowerDomain],
+        nodes: Iterable[NodeTruth],
+        wall: datetime,
+        *,
+        read_anew: bool = True,
     ) -> list[Breach]:
         """`read_anew`: the domains are not those of the last look.
 
@@ -102,7 +118,7 @@ class BudgetWatch:
         be on its way to the GPUs: until the domains are read once more, the draw is held against the old limit.
         """
         found = []
-        now = _feeding(domains, nodes)
+        now = _feeding(domains, nodes, wall)
         if read_anew:
             self._lowered = {
                 name for name, each in now.items() if each.limit_milliwatts < self._limit_before(name, each)
@@ -149,26 +165,59 @@ def _racked(before: Mapping[str, NodeTruth], now: Mapping[str, NodeTruth]) -> in
     return more
 
 
-def _limit(domain: PowerDomain, by_name: Mapping[str, PowerDomain]) -> int | None:
-    text = domain.spec.limit
-    if not is_percent(text):
-        return parse_power(text)
-    parent = by_name.get(domain.spec.parent or "")
-    whole = _limit(parent, by_name) if parent else None
-    return None if whole is None else int(parse_percent(text) * whole)
+def _line(domain: PowerDomain, by_name: Mapping[str, PowerDomain]) -> tuple[str, ...]:
+    """The domain, and those that feed it; a cycle is gone round once."""
+    line: list[str] = []
+    at: PowerDomain | None = domain
+    while at is not None and at.metadata.name not in line:
+        line.append(at.metadata.name)
+        at = by_name.get(at.spec.parent or "")
+    return tuple(line)
 
 
-def _under(node: NodeTruth, domain: str, by_name: Mapping[str, PowerDomain]) -> bool:
-    """Selected by the domain itself or by one below it. Only matchLabels: the sites here use no more."""
-    for candidate in by_name.values():
-        selector = candidate.spec.node_selector
+def _limit(
+    name: str, by_name: Mapping[str, PowerDomain], lines: Mapping[str, tuple[str, ...]], now: datetime
+) -> int | None:
+    """What people wrote, with the windows that are open; None for a share of nothing."""
+    whole: int | None = None
+    for each in reversed(lines[name]):
+        spec = by_name[each].spec
+        if is_percent(spec.limit):
+            own = None if whole is None else int(parse_percent(spec.limit) * whole)
+        else:
+            own = parse_power(spec.limit)
+        if own is None:
+            return None
+        opened = [_of(entry.limit, own) for entry in spec.timetable if _open(entry, now)]
+        whole = min([own, *opened, *([] if whole is None else [whole])])
+    return whole
+
+
+def _of(limit: str, whole: int) -> int:
+    return int(parse_percent(limit) * whole) if is_percent(limit) else parse_power(limit)
+
+
+def _open(entry: TimetableEntry, now: datetime) -> bool:
+    """By the clock on the wall alone: what it shows now lies between what it shows at start and at end."""
+    clock = now.astimezone(ZoneInfo(entry.time_zone))
+    start, end = time.fromisoformat(entry.start), time.fromisoformat(entry.end)
+    shown = clock.time()
+    today = not entry.days or clock.strftime("%a") in entry.days
+    yesterday = not entry.days or (clock - timedelta(days=1)).strftime("%a") in entry.days
+    if start < end:
+        return today and start <= shown < end
+    return (today and shown >= start) or (yesterday and shown < end)
+
+
+def _fed_by(
+    node: NodeTruth, by_name: Mapping[str, PowerDomain], lines: Mapping[str, tuple[str, ...]]
+) -> frozenset[str]:
+    """Whatever selects it, and all above. Only matchLabels: the sites here use no more."""
+    feeding: set[str] = set()
+    for name, domain in by_name.items():
+        selector = domain.spec.node_selector
         if selector is None or not selector.match_labels:
             continue
-        if not selector.match_labels.items() <= dict(node.labels).items():
-            continue
-        above: PowerDomain | None = candidate
-        while above is not None:
-            if above.metadata.name == domain:
-                return True
-            above = by_name.get(above.spec.parent or "")
-    return False
+        if selector.match_labels.items() <= dict(node.labels).items():
+            feeding.update(lines[name])
+    return frozenset(feeding)

@@ -11,6 +11,7 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -192,7 +193,7 @@ class Site:
                 self._domains = await self._list(PowerDomain)
                 nodes = await self._list(GPUNode)
                 self._overheads = {node.metadata.name: node.spec.overhead_milliwatts for node in nodes}
-            found = watch.look(self._domains, self.truth(), read_anew=read_anew)
+            found = watch.look(self._domains, self.truth(), datetime.now(UTC), read_anew=read_anew)
             self.breaches += found[: 100 - len(self.breaches)]
             self.samples += 1
             await asyncio.sleep(SAMPLE_SECONDS)

@@ -17,7 +17,7 @@ from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet
 from tokenfactory.kube.objects import KubeCondition, Node, NodeStatus, Pod, PodStatus
-from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, gpu_truth
+from tokenfactory.twin.invariants import Breach, NodeTruth, breaches, drawn, gpu_truth
 
 IDLE_WATTS = 100.0
 TEMPLATE = "template-hash"
@@ -217,18 +217,14 @@ class SmallCluster(SmallApi):
 
     def new_breaches(self) -> list[Breach]:
         """Domains over their limit that draw more than at the last look: a lowered limit may only be approached."""
-        found = breaches(self.objects[PowerDomain].values(), self.truth())
+        found = breaches(self.objects[PowerDomain].values(), self.truth(), self.now)
         drew = dict(self._drew)
         self.look()
         return [breach for breach in found if breach.drawing_milliwatts > drew.get(breach.domain, 0)]
 
     def look(self) -> None:
         """Remember what each domain's nodes draw, wherever people have just put them."""
-        nowhere = [
-            msgspec.structs.replace(each, spec=msgspec.structs.replace(each.spec, limit="1W"))
-            for each in self.objects[PowerDomain].values()
-        ]
-        self._drew = {breach.domain: breach.drawing_milliwatts for breach in breaches(nowhere, self.truth())}
+        self._drew = drawn(self.objects[PowerDomain].values(), self.truth(), self.now)
 
     def ready_pods(self) -> list[Pod]:
         return [pod for pod in self.objects[Pod].values() if _serves(pod)]

@@ -30,11 +30,25 @@ def factory(name: str, spec: dict[str, Any]) -> Manifest:
 
 names = st.sampled_from(["chat", "search"])
 nodes = st.sampled_from(sorted(NODES))
+# The world's clock begins at noon.
+windows = st.sampled_from([("11:00", "12:01"), ("12:01", "12:03"), ("12:02", "18:00")]).flatmap(
+    lambda hours: st.sampled_from(["30%", "60%", "90%"]).map(
+        lambda limit: {"name": "window", "start": hours[0], "end": hours[1], "limit": limit}
+    )
+)
+extras = st.fixed_dictionaries(
+    {},
+    optional={
+        "fixedLoad": st.sampled_from(["500W", "2kW"]),
+        "reserve": st.just("10%"),
+        "timetable": windows.map(lambda window: [window]),
+    },
+)
 steps = st.one_of(
     st.tuples(st.just("apply"), names, specs()),
     st.tuples(st.just("delete"), names),
-    st.tuples(st.just("hall"), st.sampled_from(["6kW", "8kW", "12kW", AMPLE])),
-    st.tuples(st.just("rack"), st.sampled_from("ab"), st.sampled_from(["3kW", "6kW", AMPLE])),
+    st.tuples(st.just("hall"), st.sampled_from(["6kW", "8kW", "12kW", AMPLE]), extras),
+    st.tuples(st.just("rack"), st.sampled_from("ab"), st.sampled_from(["3kW", "6kW", "40%", AMPLE]), extras),
     st.tuples(st.just("move"), nodes, st.sampled_from("ab")),
     st.tuples(st.just("cordon"), nodes, st.booleans()),
     st.tuples(st.just("silent"), nodes, st.booleans()),
@@ -50,10 +64,12 @@ def take(world: SmallWorld, step: tuple[Any, ...]) -> None:
         case ("delete", name):
             if ("inference", name) in world.objects[TokenFactory]:
                 world.delete_factory("inference", name)
-        case ("hall", limit):
-            world.apply(domain("hall", limit, nodeOverhead="500W"))
-        case ("rack", name, limit):
-            world.apply(rack(name, limit))
+        case ("hall", limit, extra):
+            world.apply(domain("hall", limit, nodeOverhead="500W", **extra))
+            world.look()  # a fixed load is switched on by people
+        case ("rack", name, limit, extra):
+            world.apply(rack(name, limit, **extra))
+            world.look()
         case ("move", node, where):
             world.label_node(node, rack=where)
             world.look()
@@ -85,9 +101,9 @@ def site() -> SmallWorld:
 
 
 def make_ample(world: SmallWorld) -> None:
-    take(world, ("hall", AMPLE))
+    take(world, ("hall", AMPLE, {}))
     for name in "ab":
-        take(world, ("rack", name, AMPLE))
+        take(world, ("rack", name, AMPLE, {}))
     for name, where in NODES.items():
         take(world, ("move", name, where))
         take(world, ("cordon", name, False))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokenfactory.api import names
-from tokenfactory.api.quantities import Milliwatts, parse_decimal, parse_power_or_percent
+from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.hulls import find_model, hulls_of, worthwhile
@@ -71,11 +71,9 @@ def clear(
         if index and floor.tokens_per_joule
     }
     settled = supply.settle(by_index)
-    lowest = (
-        supply.settle(by_index, _lowest_limits(world, grid, supply))
-        if grid.margins or _has_timetable(world)
-        else settled
-    )
+    lowest_limits = _lowest_limits(grid, supply)
+    lower = bool((lowest_limits < supply.limits).any())
+    lowest = supply.settle(by_index, lowest_limits) if lower else settled
     targets = _targets(supply, settled, lowest, hulls)
     return Cleared(targets, settled, hulls, floors, supply)
 
@@ -198,21 +196,7 @@ def _targets(
     return targets
 
 
-def _has_timetable(world: World) -> bool:
-    return any(domain.spec.timetable for domain in world.snapshot.domains.values())
-
-
-def _lowest_limits(world: World, grid: Grid, supply: Supply) -> IntArray:
-    """The lowest limit that any window of a timetable will set: what must fit when nobody can say so any more. Nothing is oversubscribed then."""
-    limits = supply.limits.copy()
-    for position, name in enumerate(supply.forest.names):
-        limits[position] = min(int(limits[position]), grid.usable(name))
-        domain = world.snapshot.domains.get(("", name))
-        if domain is None or not domain.spec.timetable:
-            continue
-        whole = grid.limit(name)
-        least = min(
-            int(parse_power_or_percent(entry.limit, Milliwatts(whole))) for entry in domain.spec.timetable
-        )
-        limits[position] = min(int(limits[position]), int(limits[position]) * least // max(1, whole))
-    return limits
+def _lowest_limits(grid: Grid, supply: Supply) -> IntArray:
+    """What must fit when nobody can say any more that a window has opened. Nothing is oversubscribed then."""
+    lowest = np.array([grid.lowest[name] for name in supply.forest.names], dtype=np.int64)
+    return np.minimum(supply.limits, lowest)

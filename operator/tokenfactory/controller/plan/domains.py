@@ -24,6 +24,8 @@ class Grid:
     """The tree now, the nodes' places in it, and what is wrong."""
 
     tree: tree.Tree
+    lowest: Mapping[str, int]
+    """By domain, the least that its nodes may ever draw together: with every window of a timetable open."""
     domains: Mapping[str, Domain]
     places: Mapping[str, Place]
     facts: Mapping[str, NodeFacts]
@@ -82,7 +84,8 @@ def lay_out(world: World, other_wall: datetime | None = None) -> Grid:
         ),
         default=None,
     )
-    return Grid(now, domains, places, facts, problems, seconds)
+    lowest = _usable(tree.build(world.snapshot.domains.values(), None))
+    return Grid(now, lowest, domains, places, facts, problems, seconds)
 
 
 def _path(now: tree.Tree, host: GpuHost, problems: dict[str, tuple[str, str]]) -> tuple[str, ...]:
@@ -142,4 +145,8 @@ def _facts(world: World, host: GpuHost) -> NodeFacts:
 
 def usable_now(domains: Iterable[PowerDomain], wall: datetime) -> dict[str, int]:
     """What each domain may hand out, from the domains alone."""
-    return {name: domain.usable_milliwatts for name, domain in tree.build(domains, wall).domains.items()}
+    return _usable(tree.build(domains, wall))
+
+
+def _usable(of: tree.Tree) -> dict[str, int]:
+    return {name: domain.usable_milliwatts for name, domain in of.domains.items()}

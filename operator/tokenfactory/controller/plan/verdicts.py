@@ -20,6 +20,7 @@ from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.efficiency.operating_point import OperatingPoint
 from tokenfactory.planning.efficiency.verdict import Situation, judge_efficiency
+from tokenfactory.planning.power.explain import floors_that_do_not_fit
 from tokenfactory.planning.power.oversubscription import Margin
 from tokenfactory.planning.power.steps import Step
 
@@ -98,23 +99,25 @@ def domain_verdicts(books: Books, name: str) -> dict[str, Verdict]:
         )
     else:
         enforced = (True, "ReadBack", "every agent has read back what the sheet says")
-    fallback = ledger.fallback_load(name)
+    return {"Compliant": compliant, "Enforced": enforced, "Feasible": _feasible(books, name)}
+
+
+def _feasible(books: Books, name: str) -> Verdict:
+    """Whether what falls back fits the lowest limit that may come, and what runs now has its floors."""
+    grid = books.grid
     if name in grid.problems:
-        return {"Compliant": compliant, "Enforced": enforced, "Feasible": (False, *grid.problems[name])}
-    if fallback <= grid.usable(name):
-        feasible: Verdict = (
-            True,
-            "FallbacksFit",
-            "without the operator its nodes fall back within the limit",
-        )
-    else:
-        lack = watts(fallback - grid.usable(name))
-        feasible = (
-            False,
-            "FloorsTooHigh",
-            f"even at their minimum its nodes need {lack} more: move nodes or raise the limit",
-        )
-    return {"Compliant": compliant, "Enforced": enforced, "Feasible": feasible}
+        return (False, *grid.problems[name])
+    lack = books.ledger.fallback_load(name) - grid.lowest[name]
+    if lack > 0:
+        windows = "with every window of a timetable open, " if grid.lowest[name] < grid.usable(name) else ""
+        message = f"{windows}its nodes need {watts(lack)} more even once they have fallen back: move nodes or raise the limit"
+        return (False, "FallbacksTooHigh", message)
+    # What is about to be parked will not need its floors: until then this is no fact, but a step on the way.
+    if books.cleared is not None and books.shed.step(name) >= Step.BELOW_FLOORS:
+        for problem in floors_that_do_not_fit(books.cleared.settled.clearing):
+            if problem.subject == name:
+                return (False, problem.reason, problem.message)
+    return (True, "FallbacksFit", "without the operator its nodes fall back within the limit")
 
 
 def _oversubscribed(margin: Margin, charge: int, step: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Which windows of a domain's timetable hold at a given instant, and when that next changes.
 
-A window is two wall-clock times in a time zone. It is turned into instants day by day, so that daylight
-saving is right: where the clock repeats an hour, a window begins with the first and ends with the second.
+A window is two wall-clock times in a time zone. It is turned into instants day by day, so that daylight saving is
+right: where the clock repeats an hour, a window begins with the first and ends with the second; where it leaves one
+out, a window that begins or ends in that hour lasts up to an hour longer, and is never lost.
 """
 
 from datetime import UTC, date, datetime, time, timedelta
@@ -47,6 +48,10 @@ def _windows_around(entry: TimetableEntry, now: datetime) -> list[tuple[datetime
 def _instants(entry: TimetableEntry, zone: ZoneInfo, day: date) -> tuple[datetime, datetime]:
     start, end = time.fromisoformat(entry.start), time.fromisoformat(entry.end)
     last_day = day + timedelta(days=1) if end <= start else day
-    begins = datetime.combine(day, start, zone).replace(fold=0)
-    ends = datetime.combine(last_day, end, zone).replace(fold=1)
-    return begins.astimezone(UTC), ends.astimezone(UTC)
+    return min(_readings(day, start, zone)), max(_readings(last_day, end, zone))
+
+
+def _readings(day: date, at: time, zone: ZoneInfo) -> tuple[datetime, datetime]:
+    """The instants that a wall-clock time can mean: two where the clock repeats or leaves out an hour."""
+    first, second = (datetime.combine(day, at.replace(fold=fold), zone).astimezone(UTC) for fold in (0, 1))
+    return first, second

@@ -142,8 +142,11 @@ def _required_labels(selector: LabelSelector) -> tuple[tuple[str, str], ...]:
     return ()
 
 
-def build(domains: Iterable[PowerDomain], now: datetime) -> Tree:
-    """Reads the tree as it is at this instant (`now` has a time zone)."""
+def build(domains: Iterable[PowerDomain], now: datetime | None) -> Tree:
+    """Reads the tree as it is at this instant (`now` has a time zone).
+
+    None reads it as if every window of every timetable were open: no instant has lower limits.
+    """
     specs = {d.metadata.name: d.spec for d in sorted(domains, key=lambda d: d.metadata.name)}
     problems: list[Problem] = []
     parents = _sound_parents(specs, problems)
@@ -221,7 +224,7 @@ def _domain_now(
     name: str,
     spec: PowerDomainSpec,
     above: DomainNow | None,
-    now: datetime,
+    now: datetime | None,
     problems: list[Problem],
     *,
     broken: bool,
@@ -254,7 +257,7 @@ def _domain_now(
 
 
 def _own_limit(
-    name: str, spec: PowerDomainSpec, above: DomainNow | None, now: datetime, problems: list[Problem]
+    name: str, spec: PowerDomainSpec, above: DomainNow | None, now: datetime | None, problems: list[Problem]
 ) -> tuple[int, str]:
     """What the domain's own spec allows now, and which line of it."""
     if is_percent(spec.limit) and above is None:
@@ -272,7 +275,7 @@ def _own_limit(
                 f"write an IANA name such as Europe/Dublin"
             )
             problems.append(Problem(name, "UnknownTimeZone", message))
-        if timetable.holds(entry, now):
+        if now is None or timetable.holds(entry, now):
             allowed = int(parse_power_or_percent(entry.limit, Milliwatts(own)))
             if allowed < limit:
                 limit, bound_by = allowed, f"timetable {entry.name}"

@@ -1,6 +1,7 @@
 """The tree as written, made sense of: limits now, paths, members, and problems told instead of raised."""
 
 from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokenfactory.api.meta import LabelSelector, ObjectMeta, SelectorRequirement
 from tokenfactory.api.power_domain import PowerDomain, PowerDomainSpec, TimetableEntry
-from tokenfactory.planning.power import tree
+from tokenfactory.planning.power import timetable, tree
 
 NOON = datetime(2026, 1, 15, 12, 0, tzinfo=UTC)
 KW = 10**6
@@ -83,6 +84,38 @@ class TestTimetable:
             # And it ends with the second 01:30 of that night.
             (peak("00:00", "01:30", "75%"), datetime(2026, 10, 25, 1, 15, tzinfo=UTC), True),
             (peak("00:00", "01:30", "75%"), datetime(2026, 10, 25, 1, 30, tzinfo=UTC), False),
+            # 29 March 2026 in Berlin: 02:00-03:00 (from 01:00 UTC on) never shows on the clock; a window that begins or
+            # ends there is longer by what it could also mean, and never lost.
+            (
+                peak("02:15", "02:45", "75%", zone="Europe/Berlin"),
+                datetime(2026, 3, 29, 1, 0, tzinfo=UTC),
+                True,
+            ),
+            (
+                peak("02:00", "03:00", "75%", zone="Europe/Berlin"),
+                datetime(2026, 3, 29, 0, 59, tzinfo=UTC),
+                True,
+            ),
+            (
+                peak("01:30", "02:30", "75%", zone="Europe/Berlin"),
+                datetime(2026, 3, 29, 0, 45, tzinfo=UTC),
+                True,
+            ),
+            (
+                peak("02:30", "05:00", "75%", zone="Europe/Berlin"),
+                datetime(2026, 3, 29, 1, 0, tzinfo=UTC),
+                True,
+            ),
+            (
+                peak("00:00", "02:59", "75%", zone="Europe/Berlin"),
+                datetime(2026, 3, 29, 0, 59, tzinfo=UTC),
+                True,
+            ),
+            (
+                peak("02:30", "05:00", "75%", zone="Europe/Berlin"),
+                datetime(2026, 3, 29, 3, 0, tzinfo=UTC),
+                False,
+            ),
             # A zone nobody knows: down is safe.
             (peak("01:00", "02:00", "75%", zone="Mars/Olympus"), NOON, True),
         ],
@@ -92,6 +125,44 @@ class TestTimetable:
         assert found.domains["hall"].limit_milliwatts == (75 if open_now else 100) * KW
         if open_now:
             assert found.domains["hall"].bound_by == "timetable peak"
+
+    @given(
+        st.sampled_from(
+            ["Europe/Berlin", "Europe/Dublin", "Africa/Cairo", "Australia/Lord_Howe", "America/St_Johns"]
+        ),
+        st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1)),  # noqa: DTZ001
+        st.times(),
+        st.times(),
+    )
+    def test_a_window_is_open_whenever_the_clock_on_the_wall_says_so(self, zone, moment, start, end):
+        moment = moment.replace(tzinfo=UTC)
+        shown = moment.astimezone(ZoneInfo(zone)).time()
+        start, end = start.replace(second=0, microsecond=0), end.replace(second=0, microsecond=0)
+        within = start <= shown < end if start < end else (shown >= start or shown < end)
+        entry = peak(f"{start:%H:%M}", f"{end:%H:%M}", "75%", zone=zone)
+        if within:
+            assert timetable.holds(entry, moment)
+
+    @given(st.data())
+    def test_no_instant_undercuts_the_tree_with_every_window_open(self, data):
+        times = st.times().map(lambda each: f"{each:%H:%M}")
+        limits = st.sampled_from(["0W", "10%", "50%", "90%", "70kW", "200kW"])
+        windows = st.builds(peak, times, times, limits, st.sampled_from(["Europe/Berlin", "Asia/Tokyo"]))
+        made = [
+            domain(
+                name,
+                data.draw(st.sampled_from(["100kW", "60kW"] if parent is None else ["100kW", "30%", "80%"])),
+                parent=parent,
+                reserve=data.draw(st.sampled_from(["0%", "5%"])),
+                fixed_load=data.draw(st.sampled_from(["0W", "20kW"])),
+                timetable=tuple(data.draw(st.lists(windows, max_size=2))),
+            )
+            for name, parent in (("hall", None), ("row", "hall"), ("rack", "row"), ("cage", "hall"))
+        ]
+        lowest = tree.build(made, None).domains
+        moment = data.draw(st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1)))  # noqa: DTZ001
+        for name, now in tree.build(made, moment.replace(tzinfo=UTC)).domains.items():
+            assert lowest[name].usable_milliwatts <= now.usable_milliwatts
 
     def test_an_unknown_zone_is_a_problem(self):
         found = tree.build([domain("hall", timetable=(peak("01:00", "02:00", "5%", zone="Mars/X"),))], NOON)
