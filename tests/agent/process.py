@@ -4,6 +4,8 @@ import asyncio
 import urllib.request
 from pathlib import Path
 
+from tests.waiting import until
+
 from tokenfactory.api.gpu_node import PodGrant
 from tokenfactory.twin.agent_node import AgentNode, SheetDesk
 from tokenfactory.twin.faultproxy import FaultProxy
@@ -16,17 +18,6 @@ NAMESPACE = "tokenfactory-system"
 DEFAULT = 700_000
 SETTING = "nvmlDeviceSetPowerManagementLimit"
 INSUFFICIENT_PERMISSIONS = 4
-
-
-async def until(holds, seconds=120.0):
-    async with asyncio.timeout(seconds):
-        while True:
-            answer = holds()
-            if asyncio.iscoroutine(answer):
-                answer = await answer
-            if answer:
-                return
-            await asyncio.sleep(0.02)
 
 
 class World:

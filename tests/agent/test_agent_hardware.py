@@ -1,7 +1,8 @@
 """The agent's own process while GPUs, the driver, the BMC and the kubelet fail under it."""
 
 import pytest
-from tests.agent.process import DEFAULT, INSUFFICIENT_PERMISSIONS, SETTING, grant, until
+from tests.agent.process import DEFAULT, INSUFFICIENT_PERMISSIONS, SETTING, grant
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 
 import pytest
-from tests.agent.process import (
-    grant,
-    until,
-)
+from tests.agent.process import grant
+from tests.waiting import until
 
 from tokenfactory.api.actuators import Actuators, ClockRange
 

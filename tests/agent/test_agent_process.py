@@ -8,16 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.agent.process import (
-    CHAT,
-    DEFAULT,
-    IDLE,
-    NAMESPACE,
-    REPOSITORY,
-    SETTING,
-    grant,
-    until,
-)
+from tests.agent.process import CHAT, DEFAULT, IDLE, NAMESPACE, REPOSITORY, SETTING, grant
+from tests.waiting import until
 
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.names import heartbeat_name

@@ -11,13 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.agent.asking import (
-    SET,
-    UNKNOWN_ERROR,
-    WRONG_VERSION,
-    until,
-    uuids,
-)
+from tests.agent.asking import SET, UNKNOWN_ERROR, WRONG_VERSION, uuids
+from tests.waiting import until
 
 from tokenfactory.agent.nvml import (
     Driver,

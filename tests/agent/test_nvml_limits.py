@@ -9,13 +9,8 @@ import sys
 import time
 
 import pytest
-from tests.agent.asking import (
-    ENFORCED,
-    NO_PERMISSION,
-    SET,
-    until,
-    uuids,
-)
+from tests.agent.asking import ENFORCED, NO_PERMISSION, SET, uuids
+from tests.waiting import until
 
 from tokenfactory.agent.nvml import (
     ClockRange,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
+import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import yaml
+from tests import waiting
 from tests.node.device_plugin import RESOURCE
 from tests.node.image import IMAGE, MODEL, REPOSITORY
 from tests.node.real_node import NodeError, RealNode
@@ -31,20 +32,8 @@ QUICK = ("observe=0.5", "pods=0.5", "report=2", "reopen=0.2", "tick=1")
 RENEW_SECONDS = 0.5
 
 
-async def until(holds: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """The first true answer of `holds`."""
-    answer = None
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                answer = holds()
-                if inspect.isawaitable(answer):
-                    answer = await answer
-                if answer:
-                    return answer
-                await asyncio.sleep(0.1)
-    except TimeoutError:
-        raise AssertionError(f"after {seconds} s still not: {what} (last answer: {answer!r})") from None
+until = functools.partial(waiting.until, every=0.1)
+"""A question here is a request to the API server or a program on the node."""
 
 
 class World:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import ClassVar
 
@@ -31,16 +31,6 @@ class ConfigMap(Resource, frozen=True, kw_only=True):
 
 def quick() -> Backoff:
     return Backoff(0.01, 0.1)
-
-
-async def until(holds: Callable[[], bool | Awaitable[bool]], seconds: float = 90.0) -> None:
-    """Return once `holds()` is true; a test that waits in vain fails after `seconds`."""
-    async with asyncio.timeout(seconds):
-        while True:
-            answer = holds()
-            if await answer if isinstance(answer, Awaitable) else answer:
-                return
-            await asyncio.sleep(0.01)
 
 
 class Follower:

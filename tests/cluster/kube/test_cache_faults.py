@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.cluster.kube.conftest import until
+from tests.waiting import until
 
 from tokenfactory.twin.faultproxy import Answer, Cut, Inject, Stall, expired_line, lists, watches
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.cluster.kube.conftest import quick, until
+from tests.cluster.kube.conftest import quick
+from tests.waiting import until
 
 from tokenfactory.kube.apply import Writer
 from tokenfactory.kube.cache import Cache

@@ -6,7 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.cluster.kube.conftest import ConfigMap, Follower, Maps, quick, until
+from tests.cluster.kube.conftest import ConfigMap, Follower, Maps, quick
+from tests.waiting import until
 
 from tokenfactory.kube.apply import Writer, Written
 from tokenfactory.kube.cache import Cache
