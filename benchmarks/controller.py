@@ -10,13 +10,13 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.unit.controller.manifests import Manifest, domain, factory, model
 from tests.unit.controller.small_world import H100, SmallWorld
 
 from _report import Report, quick
@@ -41,9 +41,9 @@ class LargeWorld(SmallWorld):
         super().__init__()
         racks = -(-nodes // RACK)
         halls = -(-racks // HALL)
-        self.apply(_domain("site", nodes * 7_000, None, None))
+        self.apply(_domain("site", nodes * 7_000))
         for hall in range(halls):
-            self.apply(_domain(f"hall-{hall}", HALL * RACK * 8_000, "site", None))
+            self.apply(_domain(f"hall-{hall}", HALL * RACK * 8_000, "site"))
         for rack in range(racks):
             self.apply(_domain(f"rack-{rack}", RACK * 8_500, f"hall-{rack // HALL}", f"rack-{rack}"))
         for number in range(nodes):
@@ -54,13 +54,7 @@ class LargeWorld(SmallWorld):
             self.apply(_factory(number, models, each))
         self.racks = racks
 
-    def others(self) -> None:
-        self.deploy()
-        self.run_pods()
-        self._obey()
-        self.now += timedelta(seconds=2)
-
-    def _obey(self) -> None:
+    def beat(self) -> None:
         sheets = {sheet.spec.domain: sheet.spec for sheet in self.objects[CapSheet].values()}
         caps = {name: {cap.class_name: cap.cap for cap in spec.caps} for name, spec in sheets.items()}
         pods: dict[str, list[Pod]] = defaultdict(list)
@@ -137,32 +131,24 @@ def _status(node: GPUNode, pods: list[Pod], caps: dict, applied: tuple[AppliedEp
     )
 
 
-def _domain(name: str, watts: int, parent: str | None, rack: str | None) -> str:
-    spec = {"limit": f"{watts}W", "nodeOverhead": "1500W"}
-    if parent:
-        spec["parent"] = parent
-    if rack:
-        spec["nodeSelector"] = {"matchLabels": {"rack": rack}}
-    kind = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "PowerDomain", "metadata": {"name": name}}
-    return msgspec.json.encode(kind | {"spec": spec}).decode()
+def _domain(name: str, watts: int, parent: str | None = None, rack: str | None = None) -> Manifest:
+    nodes = {"matchLabels": {"rack": rack}} if rack else None
+    return domain(name, f"{watts}W", nodeOverhead="1500W", parent=parent, nodeSelector=nodes)
 
 
-def _factory(number: int, models: int, replicas: int) -> str:
+def _factory(number: int, models: int, replicas: int) -> Manifest:
+    sizes = zip(range(models), (70, 8, 70, 8), (8, 2, 4, 1), strict=True)
     serve = [
-        {
-            "name": f"m{model}",
-            "nim": {"image": f"nvcr.io/nim/meta/llama-3.1-{size}b-instruct:1.8.0"},
-            "gpusPerReplica": gpus,
-            "replicas": {"min": replicas, "max": replicas},
-            "band": 100 - 10 * (model % 2),
-        }
-        for model, size, gpus in zip(range(models), (70, 8, 70, 8), (8, 2, 4, 1), strict=True)
+        model(
+            f"m{index}",
+            image=f"llama-3.1-{size}b-instruct",
+            gpus=gpus,
+            replicas=(replicas, replicas),
+            band=100 - 10 * (index % 2),
+        )
+        for index, size, gpus in sizes
     ]
-    kind = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "TokenFactory"}
-    meta = {"name": f"f{number}", "namespace": "inference"}
-    return msgspec.json.encode(
-        kind | {"metadata": meta, "spec": {"power": {"domain": "site"}, "models": serve}}
-    ).decode()
+    return factory(*serve, name=f"f{number}", power={"domain": "site"})
 
 
 def _round(world: LargeWorld) -> tuple[float, Composed]:
@@ -201,7 +187,7 @@ def measure(report: Report, nodes: int, pods: int, goal: float) -> None:
         world.memory = composed.memory
         after.append(took)
     report.add(f"round_after_one_acknowledgement_{label}", min(after), "s", f"<= {goal}")
-    world.apply(_domain("site", nodes * 3_500, None, None))
+    world.apply(_domain("site", nodes * 3_500))
     cut, composed = _round(world)
     writes = sum(isinstance(action, act.PublishSheet) for action in composed.plan.actions)
     report.add(f"round_of_a_cut_{label}", cut, "s")
