@@ -78,6 +78,8 @@ class DeletePod:
 
     pod: Pod
     reason: str
+    as_seen: bool = False
+    """This very version or not at all: a gate that opened meanwhile may have let it start."""
 
 
 @dataclass(frozen=True)

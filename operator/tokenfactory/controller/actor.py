@@ -132,7 +132,7 @@ class Actor:
             case act.OpenGate():
                 return await self._open(action)
             case act.DeletePod(pod):
-                return await self._delete(pod, exact=False)
+                return await self._delete(pod, exact=action.as_seen)
             case act.MarkPod(pod, cost):
                 annotations = {names.DELETION_COST: cost}
                 mark = {"metadata": {"uid": pod.metadata.uid, "annotations": annotations}}

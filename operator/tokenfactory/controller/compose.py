@@ -24,7 +24,7 @@ from tokenfactory.controller.plan.oversubscribing import LOOK_SECONDS, oversubsc
 from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.purses import held_to, spending
 from tokenfactory.controller.plan.recovering import recover
-from tokenfactory.controller.plan.refusing import refusals
+from tokenfactory.controller.plan.refusing import replan
 from tokenfactory.controller.plan.replicating import read_meters, staff
 from tokenfactory.controller.plan.retiring import retire
 from tokenfactory.controller.plan.serving import serve
@@ -72,8 +72,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     readings = read_meters(world, memory.readings)
     staffing = staff(world, memory.replicas, readings)
     energy = account(world, grid, memory.energy)
-    refused, replaced = refusals(world, memory.refusals)
-    choice = choose(world, grid, ledger, refused)
+    replanned = replan(world, memory.refusals)
+    choice = choose(world, grid, ledger, replanned.refusals)
     coming = [
         Coming(
             wish.node,
@@ -100,12 +100,12 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions: list[Action] = _publish(world, sheets)
     actions += charging
     actions += open_gates(world)
-    actions += replaced
+    actions += replanned.actions
     halved, given_up = halves(world, (*choice.unplaced, *granting.waiting), memory.halves)
     actions += given_up
     actions += less.actions
     actions += serve(world, less.staffing, options.workloads)
-    unplaced = (*choice.unplaced, *granting.waiting, *unguarded(world))
+    unplaced = (*choice.unplaced, *granting.waiting, *replanned.waiting, *unguarded(world))
     books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent)
     actions += _tell(books)
     actions += _unread(snapshot, memory.unread)
@@ -115,15 +115,13 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     if unreadable:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
-    plan = Plan(
-        tuple(actions),
-        again_after_seconds=min(_again(world, grid, sheets), 2.0 if refused.since or halved else 30.0),
-    )
+    again = min(_again(world, grid, sheets), replanned.again_after_seconds, 2.0 if halved else 30.0)
+    plan = Plan(tuple(actions), again)
     remembered = Memory(
         staffing.memory,
         energy,
         caps,
-        refused,
+        replanned.refusals,
         halved,
         less.memory,
         readings,

@@ -1,12 +1,14 @@
 """Where a replica does not go: what kube-scheduler refuses, sick GPUs, others' claims, nodes that keep failing."""
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 
 from tokenfactory.api import names
-from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, GPUNodeStatus, GPUStatus
+from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, GPUNodeStatus, GPUStatus
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.api.token_factory import Incident, TokenFactory
 from tokenfactory.controller import actions as act
@@ -83,6 +85,125 @@ def test_what_no_node_can_give_is_tried_ever_more_seldom():
     world.rounds(250)
     replaced = sum(isinstance(each, act.DeletePod) for each in world.writes)
     assert 4 <= replaced <= 12, "in eight minutes, of two replicas"
+
+
+# --- the node's agent never lets the gate open
+
+
+def charged(nodes: int = 4) -> tuple[SmallWorld, str, str]:
+    """A world whose one replica has just been charged, with its node and its pod, which is still gated."""
+    world = SmallWorld.of(nodes, hall("60kW"), factory(model()))
+    while True:
+        world.rounds(1)
+        for (_, name), node in world.objects[GPUNode].items():
+            if node.spec.pods:
+                (pod,) = world.objects[Pod].values()
+                assert pod.spec.scheduling_gates
+                return world, name, pod.metadata.name
+
+
+def fence(world: SmallWorld, name: str) -> None:
+    world.agents[name].alive = False
+    node = world.objects[GPUNode]["", name]
+    off = Fence(method="Person", by="ann", at=world.stamp(), boot_id=node.status.boot_id)
+    world.put(
+        msgspec.structs.replace(node, spec=msgspec.structs.replace(node.spec, fence=off)), new_generation=True
+    )
+
+
+def unplug(world: SmallWorld, name: str) -> None:
+    world.agents[name].alive = False
+    del world.objects[Node]["", name]
+
+
+BROKEN: dict[str, tuple[Callable[[SmallWorld, str], object], str]] = {
+    "its agent dies": (
+        lambda world, name: setattr(world.agents[name], "alive", False),
+        "its agent fell silent",
+    ),
+    "its agent lives and never acknowledges": (
+        lambda world, name: setattr(world.agents[name], "reports", False),
+        "has not acknowledged that",
+    ),
+    "it is fenced": (fence, "it is fenced"),
+    "its Node is deleted": (unplug, "its Node object is gone"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_pod_whose_gate_cannot_open_on_its_node_starts_elsewhere_and_is_told_why(how: str):
+    world, bad, pod = charged()
+    breaks, why = BROKEN[how]
+    breaks(world, bad)
+    world.rounds(30)
+    assert len(world.ready_pods()) == 1
+    assert bad not in where(world)
+    (gone,) = [each for each in world.writes if isinstance(each, act.DeletePod)]
+    assert gone.pod.metadata.name == pod
+    assert gone.as_seen, "one that was opened meanwhile may run"
+    assert why in gone.reason
+    assert bad in gone.reason
+    fenced = how == "it is fenced"
+    left = [grant.name for grant in world.objects[GPUNode]["", bad].spec.pods]
+    assert left == ([] if fenced else [pod]), "silence earns no credit (P4)"
+    assert all(grant.released for grant in world.objects[GPUNode]["", bad].spec.pods)
+
+
+def test_a_wait_for_an_agents_answer_is_told_and_ends_when_it_comes():
+    world, slow, pod = charged(1)
+    world.agents[slow].reports = False
+    world.rounds(8)
+    (told,) = world.objects[TokenFactory]["inference", "chat"].status.waiting
+    assert (told.what, told.reason) == (pod, "AgentNotAnswering")
+    assert slow in told.message
+    world.agents[slow].reports = True
+    world.settle()
+    assert [each.metadata.name for each in world.ready_pods()] == [pod]
+    assert not world.objects[TokenFactory]["inference", "chat"].status.waiting
+    assert not [each for each in world.writes if isinstance(each, act.DeletePod)]
+
+
+def test_a_node_whose_agent_does_not_answer_gets_no_pods_until_it_does():
+    world, mute, _ = charged(1)
+    world.agents[mute].reports = False
+    world.rounds(30)
+    (told,) = world.objects[TokenFactory]["inference", "chat"].status.waiting
+    assert told.reason == "NodesClosed"
+    assert "whose agent does not answer" in told.message
+    replaced = sum(isinstance(each, act.DeletePod) for each in world.writes)
+    world.rounds(100)
+    assert sum(isinstance(each, act.DeletePod) for each in world.writes) == replaced == 1
+    world.agents[mute].reports = True
+    world.settle()
+    assert len(world.ready_pods()) == 1
+
+
+def test_an_agent_that_is_slow_and_gets_on_is_waited_for():
+    world, slow, pod = charged(1)
+    agent = world.agents[slow]
+    for number in range(40):
+        agent.reports = False
+        world.rounds(1)
+        status = world.objects[GPUNode]["", slow].status
+        later = msgspec.structs.replace(status, observed_generation=0, boot_id=f"boot-{number // 15}")
+        world.put(msgspec.structs.replace(world.objects[GPUNode]["", slow], status=later))
+    assert [each.metadata.name for each in world.objects[Pod].values()] == [pod]
+
+
+def test_in_a_storm_a_charged_pod_stays_where_it_is_and_says_so():
+    """Rather is it the operator that hears nothing: elsewhere nobody would answer either."""
+    world, bad, pod = charged(4)
+    for agent in world.agents.values():
+        agent.alive = False
+    world.rounds(30)
+    assert [each.metadata.name for each in world.objects[Pod].values()] == [pod]
+    (told,) = world.objects[TokenFactory]["inference", "chat"].status.waiting
+    assert told.reason == "AgentNotAnswering"
+    assert "like too many others" in told.message
+    for agent in world.agents.values():
+        agent.alive = True
+    world.settle()
+    assert where(world) == {bad}
 
 
 # --- what a node has to give

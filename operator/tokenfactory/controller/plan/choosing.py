@@ -74,6 +74,7 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
             grouped=grouped,
             health=health.get(host.name, 1.0),
             cached=local.get(host.name, frozenset()),
+            mute=host.name in refused.mute,
         )
         for host in world.hosts.values()
         if host.held and host.product
@@ -130,7 +131,14 @@ def _fabric(host: GpuHost, labels: Mapping[str, str], *, grouped: bool) -> str:
 
 
 def _candidate(
-    world: World, grid: Grid, host: GpuHost, *, grouped: bool, health: float, cached: frozenset[str]
+    world: World,
+    grid: Grid,
+    host: GpuHost,
+    *,
+    grouped: bool,
+    health: float,
+    cached: frozenset[str],
+    mute: bool,
 ) -> NodeCandidate:
     labels = host.node.metadata.labels if host.node else {}
     path = grid.places[host.name].path if host.name in grid.places else ()
@@ -153,7 +161,7 @@ def _candidate(
         cached=cached,
         replicas=replicas,
         features=frozenset(host.node.status.declared_features if host.node else ()),
-        closed=_closed(world, grid, host),
+        closed=_closed(world, grid, host) or ("whose agent does not answer" if mute else ""),
     )
 
 

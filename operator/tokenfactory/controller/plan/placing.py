@@ -119,15 +119,10 @@ def open_gates(world: World) -> list[Action]:
 
 def _obeyed(world: World, host: GpuHost, class_name: str) -> bool:
     """The agent acknowledged this spec, and on its whole path sheets that name the class."""
-    if not host.acknowledged or host.fenced or world.lost(host):
+    if host.held is None or world.cut_off(host) or not world.obeyed(host):
         return False
-    assert host.held is not None
-    applied = {entry.domain: entry.epoch for entry in host.held.status.applied}
-    for domain in host.held.spec.path:
-        sheet = world.snapshot.sheets.get(("", domain))
-        if sheet is None or not _names(sheet, class_name) or applied.get(domain, 0) < sheet.spec.epoch:
-            return False
-    return True
+    sheets = (world.snapshot.sheets.get(("", domain)) for domain in host.held.spec.path)
+    return all(sheet is not None and _names(sheet, class_name) for sheet in sheets)
 
 
 def _names(sheet: CapSheet, class_name: str) -> bool:

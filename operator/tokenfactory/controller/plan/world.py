@@ -227,7 +227,7 @@ class World:
             if host.silent_seconds is not None and not host.fenced
         )
 
-    def lost_nodes(self, after_seconds: float) -> int:
+    def lost_nodes(self, after_seconds: float = DEFAULT_DETECT_SECONDS) -> int:
         return len(self._silences) - bisect_right(self._silences, after_seconds)
 
     def detect_seconds(self, factory: TokenFactory) -> float:
@@ -236,6 +236,23 @@ class World:
     def lost(self, host: GpuHost, after_seconds: float = DEFAULT_DETECT_SECONDS) -> bool:
         """Its agent had been heard and has fallen silent. Whether it still draws is another question."""
         return host.silent_seconds is not None and host.silent_seconds > after_seconds
+
+    def cut_off(self, host: GpuHost) -> str:
+        """Why nothing can begin to run there, whatever was granted; empty: it can, once its agent obeys."""
+        if host.fenced:
+            return "it is fenced"
+        if host.node is None:
+            return "its Node object is gone"
+        return "its agent fell silent" if self.lost(host) else ""
+
+    def obeyed(self, host: GpuHost) -> bool:
+        """Its agent has acknowledged its spec, and the sheets of its path that there are, as they stand."""
+        sheets = self.snapshot.sheets
+        return host.acknowledged and all(
+            sheet is None or host.applied.get(domain, 0) >= sheet.spec.epoch
+            for domain in (host.held.spec.path if host.held else ())
+            for sheet in (sheets.get(("", domain)),)
+        )
 
 
 def whole(replicas: Iterable[Replica]) -> int:
