@@ -208,7 +208,7 @@ def _tell(books: Books) -> list[Action]:
     for key, factory in books.world.snapshot.factories.items():
         if (factory.KIND, key) in undecodable:
             continue
-        recovered = recover(books.world, factory)
+        recovered = recover(books.world, books.staffing, factory)
         actions += factory_status(books, recovered, factory)
         actions += recovered.actions
     return actions

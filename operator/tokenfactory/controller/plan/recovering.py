@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -9,7 +10,9 @@ import msgspec
 from tokenfactory.api.token_factory import Incident, TokenFactory
 from tokenfactory.checkpoints.warm_cache import Restored
 from tokenfactory.controller.actions import Action, DeletePod
-from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.controller.plan.replicating import Staffing
+from tokenfactory.controller.plan.world import Replica, World, whole
+from tokenfactory.kube.resources import key_of
 from tokenfactory.kube.times import rfc3339
 from tokenfactory.planning.recovery.incidents import LostReplica, ReplicaFacts, Situation, step
 
@@ -23,7 +26,7 @@ class Recovered:
     storm: str
 
 
-def recover(world: World, factory: TokenFactory) -> Recovered:
+def recover(world: World, staffing: Staffing, factory: TokenFactory) -> Recovered:
     after = world.detect_seconds(factory)
     replicas = world.replicas_of(factory)
     lost = []
@@ -43,6 +46,9 @@ def recover(world: World, factory: TokenFactory) -> Recovered:
         replicas={replica.name: _facts(world, replica) for replica in replicas} if lost or is_open else {},
         fleet_nodes=world.fleet_nodes,
         lost_nodes=world.lost_nodes(after),
+        enough=_enough(factory, staffing, replicas, {each.pod_uid for each in lost})
+        if is_open
+        else frozenset(),
     )
     verdict = step(factory.status.incidents, situation, factory.spec.recovery)
     by_name = {replica.name: replica for replica in replicas}
@@ -51,6 +57,26 @@ def recover(world: World, factory: TokenFactory) -> Recovered:
         for name in verdict.delete
     )
     return Recovered(verdict.incidents, actions, verdict.storm)
+
+
+def _enough(
+    factory: TokenFactory, staffing: Staffing, replicas: Sequence[Replica], lost: Container[str]
+) -> frozenset[str]:
+    """Models that an open incident names and for which no replacement is to come."""
+    wanted = {model.name: staffing.count(key_of(factory), model.name) for model in factory.spec.models}
+    serving = {
+        name: whole(
+            replica
+            for replica in replicas
+            if replica.model.name == name
+            and replica.ready
+            and not replica.terminating
+            and replica.uid not in lost
+        )
+        for name in wanted
+    }
+    named = {incident.model for incident in factory.status.incidents}
+    return frozenset(name for name in named if serving.get(name, 0) >= wanted.get(name, 0))
 
 
 def _facts(world: World, replica: Replica) -> ReplicaFacts:

@@ -14,6 +14,7 @@ import msgspec
 from tokenfactory.api.token_factory import Incident, Recovery
 
 RETURNED = "; it came back by itself"
+ENOUGH = "; as many serve as are wanted, so nothing replaces it"
 ORDER = ("Detected", "Routed", "Charged", "Restoring", "Verified", "Closed")
 
 
@@ -55,6 +56,8 @@ class Situation:
     """By pod name."""
     fleet_nodes: int
     lost_nodes: int
+    enough: frozenset[str] = frozenset()
+    """Models of which as many serve as are wanted, or that are not wanted any more: nothing more will come."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def _advance(incident: Incident, situation: Situation, others: Sequence[Incident
     replacement = situation.replicas.get(incident.replacement) if incident.replacement else None
     if replacement is None:
         replacement = _unclaimed(incident, situation, others)
+        if replacement is None and incident.model in situation.enough:
+            return _to(incident, "Closed", situation.now, cause=f"{incident.cause}{ENOUGH}", replacement="")
         if replacement is None:
             return (
                 incident

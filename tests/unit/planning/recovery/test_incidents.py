@@ -15,13 +15,14 @@ def lost(pod="chat-a", node="n1"):
     )
 
 
-def situation(*replicas, lost_replicas=(), fleet=8, lost_nodes=1, now="t1"):
+def situation(*replicas, lost_replicas=(), fleet=8, lost_nodes=1, now="t1", enough=()):
     return Situation(
         now=now,
         lost=lost_replicas,
         replicas={replica.pod: replica for replica in replicas},
         fleet_nodes=fleet,
         lost_nodes=lost_nodes,
+        enough=frozenset(enough),
     )
 
 
@@ -63,6 +64,24 @@ def test_a_node_that_comes_back_before_anything_was_done_closes_it():
     assert verdict.incidents[0].phase == "Closed"
     assert "came back by itself" in verdict.incidents[0].cause
     assert verdict.delete == ()
+
+
+def test_an_incident_that_nothing_will_replace_is_closed_and_says_so():
+    """The model was taken out, or fewer are wanted than when it was lost."""
+    incidents = step((), situation(facts(), lost_replicas=[lost()]), POLICY).incidents
+    incidents = step(incidents, situation(lost_replicas=[lost()]), POLICY).incidents
+    incidents = step(incidents, situation(), POLICY).incidents
+    assert incidents[0].phase == "Routed"
+    closed = step(incidents, situation(enough=["llama"]), POLICY).incidents[0]
+    assert closed.phase == "Closed"
+    assert "as many serve as are wanted" in closed.cause
+
+
+def test_a_replacement_on_its_way_is_followed_though_others_would_do():
+    incidents = step((), situation(facts(), lost_replicas=[lost()]), POLICY).incidents
+    incidents = step(incidents, situation(lost_replicas=[lost()]), POLICY).incidents
+    coming = situation(facts("chat-b", charged=True), enough=["llama"])
+    assert step(incidents, coming, POLICY).incidents[0].phase == "Charged"
 
 
 def test_starts_are_staggered():
