@@ -45,11 +45,9 @@ def groups(world: SmallWorld) -> None:
     world.has_groups = True
 
 
-def spanning(replicas: int = 1) -> str:
+def spanning(replicas: int = 1) -> Manifest:
     """Two nodes each, and a GPU on each of them."""
-    return model("huge", replicas=replicas).replace(
-        "gpusPerReplica: 1", "gpusPerReplica: 1\n    nodesPerReplica: 2"
-    )
+    return {**model("huge", replicas=replicas), "nodesPerReplica": 2}
 
 
 def dies(world: SmallWorld) -> None:
