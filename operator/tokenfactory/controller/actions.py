@@ -11,6 +11,7 @@ from tokenfactory.api.checkpoint import CheckpointSpec
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import Api, Resource
 from tokenfactory.api.power_profile import PowerProfileSpec
+from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.kube.objects import ObjectRef, Pod
 from tokenfactory.kube.resources import Key
 
@@ -42,10 +43,12 @@ class ChargeNode:
 class ApplyWorkload:
     """A Deployment or Service of a model, with all fields that are ours."""
 
-    kind: type[Resource]
+    kind: type[Deployment | LeaderWorkerSet | Service]
     key: Key
     manifest: Mapping[str, Any]
     reason: str
+    held: Resource | None = None
+    """What it is to change; None: we know of none, which does not say that nobody has one of that name."""
 
 
 @dataclass(frozen=True)

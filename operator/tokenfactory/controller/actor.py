@@ -8,6 +8,7 @@ written stands, whatever was not will be planned again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -23,6 +24,7 @@ from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import OwnerReference, Resource
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.controller import actions as act
+from tokenfactory.controller.owning import Taken, in_words, whose
 from tokenfactory.controller.unsettled import Unsettled, touched
 from tokenfactory.kube.apply import Precondition, Refused, Unchanged, Writer, Written
 from tokenfactory.kube.client import MERGE, Client, Guard
@@ -30,6 +32,7 @@ from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError, Unr
 from tokenfactory.kube.events import Recorder
 from tokenfactory.kube.objects import Node, Pod
 from tokenfactory.kube.resources import Key, key_of, object_path
+from tokenfactory.kube.times import boot_seconds
 
 log = logging.getLogger(__name__)
 _STATUS_SECONDS = 10.0
@@ -48,6 +51,7 @@ class Actor:
         self.writer = Writer(client, guard=guard)
         self._told_at: dict[tuple[str, Key], float] = {}
         self.unsettled = Unsettled()
+        self.taken = Taken()
         self.written: dict[type[Resource], int] = {}
         """The newest version that our charges made, by kind: what the caches must show before the next plan."""
         self.writes = 0
@@ -118,15 +122,8 @@ class Actor:
                 return await self._publish(action)
             case act.ChargeNode(held, name, spec):
                 return await self._charge(held, name, spec)
-            case act.ApplyWorkload(kind, key, manifest):
-                meta = manifest["metadata"]
-                return await self.writer.apply(
-                    kind,
-                    key,
-                    {part: content for part, content in manifest.items() if part == "spec"},
-                    labels=meta["labels"],
-                    owners=tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"]),
-                )
+            case act.ApplyWorkload():
+                return await self._apply(action)
             case act.DeleteWorkload(held) | act.Retire(held):
                 return await self._delete(held, exact=isinstance(action, act.Retire))
             case act.OpenGate():
@@ -147,6 +144,29 @@ class Actor:
             case act.Tell():
                 self._tell(action)
                 return Unchanged()
+
+    async def _apply(self, action: act.ApplyWorkload) -> Written[Any] | Refused:
+        """Nobody else's object is touched: neither one that takes the place of ours, nor one that we did not know of."""
+        metadata, slot, held = action.manifest["metadata"], (action.kind.KIND, action.key), action.held
+        factory = msgspec.convert(metadata["ownerReferences"][0], OwnerReference)
+        if held is None:
+            with contextlib.suppress(NotFoundError):
+                held = await self._client.get(action.kind, action.key)
+            if held is not None and whose(held.metadata, factory.name, factory.uid) == "Others":
+                words = in_words(action.kind.KIND, held.metadata, factory.name)
+                self.taken.note(slot, words, int(boot_seconds() * 1000))
+                return Refused(words)
+        self.taken.free(slot)
+        # Made between our look and our write, somebody's object has fields of theirs, which without force are refused.
+        return await self.writer.apply(
+            action.kind,
+            action.key,
+            {"spec": action.manifest["spec"]},
+            labels=metadata["labels"],
+            owners=(factory,),
+            only_if=Precondition.of(held, exact=False) if held is not None else Precondition(),
+            force=held is not None,
+        )
 
     async def _record(
         self, action: act.RecordCheckpoint | act.RecordProfile

@@ -19,6 +19,7 @@ from tokenfactory.controller.plan.domains import Grid, lay_out
 from tokenfactory.controller.plan.halves import halves
 from tokenfactory.controller.plan.learning import learn_profiles
 from tokenfactory.controller.plan.memory import Memory
+from tokenfactory.controller.plan.naming import give_names
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
 from tokenfactory.controller.plan.oversubscribing import LOOK_SECONDS, oversubscribe
 from tokenfactory.controller.plan.placing import grant, open_gates
@@ -104,9 +105,12 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     halved, given_up = halves(world, (*choice.unplaced, *granting.waiting), memory.halves)
     actions += given_up
     actions += less.actions
-    actions += serve(world, less.staffing, options.workloads)
+    given = give_names(world)
+    actions += serve(world, less.staffing, options.workloads, given)
     unplaced = (*choice.unplaced, *granting.waiting, *replanned.waiting, *unguarded(world))
-    books = Books(world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent)
+    books = Books(
+        world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent, given.lost
+    )
     actions += _tell(books)
     actions += _unread(snapshot, memory.unread)
     actions += retire(world, ledger)

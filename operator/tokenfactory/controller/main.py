@@ -130,7 +130,7 @@ async def _lead(
     observer = Observer(client, options.namespace)
     cutter = Cutter(observer.stores[PowerDomain].snapshot, lambda: observer.sheets.snapshot().objects, actor)
     reconciler = Reconciler(
-        partial(observer.snapshot, leadership, actor.unsettled),
+        partial(observer.snapshot, leadership, actor.unsettled, actor.taken),
         _Planner(plan_options, metrics, cutter),
         actor,
         generation=cutter.generation,

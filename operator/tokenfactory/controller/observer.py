@@ -19,6 +19,7 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
+from tokenfactory.controller.owning import Taken
 from tokenfactory.controller.shell import WATCHED
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.store import Store
@@ -163,7 +164,7 @@ class Observer:
                 self._listed.set()
             await asyncio.sleep(60 if complete else 1)
 
-    def snapshot(self, leadership: Leadership, unsettled: Unsettled) -> Snapshot:
+    def snapshot(self, leadership: Leadership, unsettled: Unsettled, taken: Taken) -> Snapshot:
         silent: dict[str, float] = {}
         for lease in self.leases:
             name = lease.metadata.name
@@ -172,10 +173,11 @@ class Observer:
                 if seconds is not None:
                     silent[name.removeprefix(names.HEARTBEAT_PREFIX)] = seconds
         sheets = self.sheets.snapshot()
+        milliseconds = int(boot_seconds() * 1000)
         return Snapshot(
             leadership=leadership,
             wall=datetime.now(UTC),
-            milliseconds=int(boot_seconds() * 1000),
+            milliseconds=milliseconds,
             domains=self.stores[PowerDomain].snapshot(),
             factories=self.stores[TokenFactory].snapshot(),
             profiles=self.stores[PowerProfile].snapshot(),
@@ -193,6 +195,7 @@ class Observer:
             namespaces=self.namespaces.snapshot().objects,
             silent_seconds=silent,
             unsettled=unsettled.still(self.version_of),
+            taken=taken.at(milliseconds),
             undecodable=self._undecodable(),
             uids={
                 (store.kind.KIND, key): store.uids.get(key, "")

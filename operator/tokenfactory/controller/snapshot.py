@@ -14,6 +14,7 @@ from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
+from tokenfactory.controller.owning import TakenName
 from tokenfactory.kube.objects import Namespace, Node, Pod
 from tokenfactory.kube.resources import Key
 
@@ -54,6 +55,8 @@ class Snapshot:
     """By node: how long its agent has been silent, on our own clock; absent: it never had one."""
     unsettled: frozenset[tuple[str, str]] = frozenset()
     """(kind, name) of sheets and nodes that we wrote without learning the outcome."""
+    taken: Mapping[tuple[str, Key], TakenName] = field(default_factory=dict)
+    """(kind, key) of objects that we would make, where somebody else's are."""
     undecodable: Mapping[tuple[str, Key], str] = field(default_factory=dict)
     """(kind, key) → why: these objects are not as the snapshot shows them."""
     uids: Mapping[tuple[str, Key], str] = field(default_factory=dict)

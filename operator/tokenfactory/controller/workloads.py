@@ -74,7 +74,12 @@ class WorkloadOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def workload_name(factory: TokenFactory, model: ModelSpec) -> str:
-    return f"{factory.metadata.name}-{model.name}"
+    return workload_called(factory.metadata.name, model.name)
+
+
+def workload_called(factory: str, model: str) -> str:
+    """Not unambiguous: `a-b` with model `c` and `a` with model `b-c` are called alike (see `serving`)."""
+    return f"{factory}-{model}"
 
 
 def group_name(factory: TokenFactory, model: ModelSpec) -> str:
@@ -82,7 +87,11 @@ def group_name(factory: TokenFactory, model: ModelSpec) -> str:
     each other: it must not be the name of the Service that answers requests. The StatefulSet of a group's workers is
     called like it and the group's number, and what Kubernetes appends to that must fit in a label.
     """
-    name = workload_name(factory, model)
+    return group_called(factory.metadata.name, model.name)
+
+
+def group_called(factory: str, model: str) -> str:
+    name = workload_called(factory, model)
     if len(name) > _GROUP_NAME_LENGTH:
         digest = hashlib.sha256(name.encode()).hexdigest()[:6]
         name = f"{name[: _GROUP_NAME_LENGTH - 7]}-{digest}"
@@ -175,12 +184,16 @@ def asks_for_rule(pod: Pod) -> bool:
 
 
 def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
-    """Does the object say all that we want of it, and was it last applied with just that?
+    """Does the object say all that we want of it, and whose it is, and was it last applied with just that?
 
-    The first sees what others changed. Only the second sees a field that we wanted once and want no more.
+    The first sees what others changed. Only the last sees a field that we wanted once and want no more.
     """
-    applied = wanted["metadata"]["labels"][SPEC_LABEL]
-    return held.metadata.labels.get(SPEC_LABEL) == applied and says(held.spec, wanted["spec"])
+    ours = wanted["metadata"]
+    owned = {owner["uid"] for owner in ours["ownerReferences"]} <= {
+        owner.uid for owner in held.metadata.owner_references
+    }
+    applied = held.metadata.labels.get(SPEC_LABEL) == ours["labels"][SPEC_LABEL]
+    return owned and applied and says(held.spec, wanted["spec"])
 
 
 def _owned(

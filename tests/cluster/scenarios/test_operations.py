@@ -128,6 +128,67 @@ async def test_what_kube_scheduler_does_not_bind_is_placed_elsewhere(scene: Scen
         await cores(scene, "64")
 
 
+async def test_a_node_whose_agent_dies_before_it_obeys_a_charge_keeps_no_pod_waiting(scene: Scene):
+    """Its gate will never open there, and nothing has run yet."""
+    scene.site.fleet.nodes["gpu-4"].stop_agent(kill=True)
+    try:
+        await scene.apply(scene.factory(model(replicas=6)))
+
+        async def charged() -> bool:
+            return bool((await scene.site.get("gn", "gpu-4"))["spec"].get("pods"))
+
+        await scene.until("pods to be charged there, before its silence is noticed", charged)
+        await scene.ready()
+        assert "gpu-4" not in {pod["spec"]["nodeName"] for pod in await scene.serving(6)}
+        told = [event["note"] for event in await scene.said("Pod") if event["reason"] == "Replaced"]
+        assert any("cannot start on gpu-4: its agent fell silent" in note for note in told)
+        assert await charged(), "silence earns no credit"
+    finally:
+        scene.site.fleet.nodes["gpu-4"].start_agent()
+
+    async def free() -> bool:
+        return not await charged()
+
+    await scene.until("its charges to end with its agent's word", free)
+
+
+async def test_what_is_not_the_factorys_is_never_touched_and_what_it_left_is_taken_up_again(scene: Scene):
+    await scene.mine("create", "deployment", "chat-llama", "--image=example.org/theirs:1", "--replicas=0")
+    theirs = await deployment(scene, "chat-llama")
+    await scene.apply(scene.factory(model(), model("mine", replicas=2)))
+
+    async def told() -> bool:
+        return (await scene.verdict("Ready")).get("reason") == "NameTaken"
+
+    await scene.until("the factory to say that the name is taken", told)
+    assert "Deployment chat-llama is there" in (await scene.verdict("Ready"))["message"]
+    await scene.apply(scene.factory(model("mine", replicas=2)))
+    await scene.ready()
+    before = {pod["metadata"]["uid"] for pod in await scene.serving(2, model="mine")}
+
+    await scene.mine("delete", "tf", "chat", "--cascade=orphan", "--timeout=60s")
+    left = await deployment(scene, "chat-mine")
+    assert "ownerReferences" not in left["metadata"]
+    await scene.apply(scene.factory(model("mine", replicas=2)))
+    await scene.ready()
+    uid = (await scene.site.get("tf", "chat", namespace=scene.namespace))["metadata"]["uid"]
+    owners = (await deployment(scene, "chat-mine"))["metadata"]["ownerReferences"]
+    assert [owner["uid"] for owner in owners] == [uid]
+    assert {pod["metadata"]["uid"] for pod in await scene.serving(2, model="mine")} == before
+    await scene.mine("delete", "tf", "chat", "--timeout=60s")
+    still = await deployment(scene, "chat-llama")
+    assert still["spec"] == theirs["spec"]
+    assert (still["metadata"]["uid"], still["metadata"].get("labels")) == (
+        theirs["metadata"]["uid"],
+        theirs["metadata"].get("labels"),
+    )
+
+
+async def deployment(scene: Scene, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = await scene.site.get("deploy", name, namespace=scene.namespace)
+    return found
+
+
 async def cores(scene: Scene, count: str) -> None:
     """Of the nodes of the first rack."""
     status = json.dumps({"status": {"allocatable": {"cpu": count}}})

@@ -4,10 +4,10 @@ It is no API server: it exists so that a plan's consequences can be followed for
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 from tests.unit.controller.manifests import Manifest
@@ -25,6 +25,7 @@ from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.compose import Composed, Options, compose
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
+from tokenfactory.controller.owning import Taken, in_words, whose
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
@@ -43,6 +44,7 @@ class SmallWorld(SmallCluster):
         self.writes: list[act.Action] = []
         self.events: list[tuple[str, str]] = []
         self.memory = Memory()
+        self.taken = Taken()
         self.before_write: Callable[[act.Action], None] = lambda _: None
 
     @classmethod
@@ -63,6 +65,7 @@ class SmallWorld(SmallCluster):
         }
         other.writes, other.events = list(self.writes), list(self.events)
         other._drew = dict(self._drew)
+        other.taken = copy.deepcopy(self.taken)
         return other
 
     def plan(self) -> Composed:
@@ -87,6 +90,7 @@ class SmallWorld(SmallCluster):
         """The operator is killed, and another process leads: nothing is left of the first but what it wrote."""
         self.term += 1
         self.memory = Memory()
+        self.taken = Taken()
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -101,14 +105,23 @@ class SmallWorld(SmallCluster):
             gpu_nodes=dict(self.objects[GPUNode]),
             nodes=dict(self.objects[Node]),
             pods=dict(self.objects[Pod]),
-            deployments=dict(self.objects[Deployment]),
-            services=dict(self.objects[Service]),
-            leader_worker_sets=dict(self.objects[LeaderWorkerSet]) if self.has_groups else None,
+            deployments=self._labelled(Deployment),
+            services=self._labelled(Service),
+            taken=self.taken.at(self.milliseconds),
+            leader_worker_sets=self._labelled(LeaderWorkerSet) if self.has_groups else None,
             namespaces=dict(self.objects[Namespace]),
             silent_seconds={
                 name: (self.now - agent.heard_at).total_seconds() for name, agent in self.agents.items()
             },
         )
+
+    def _labelled(self, kind: type) -> dict[tuple[str, str], Any]:
+        """All of a kind that the operator's caches hold."""
+        return {
+            key: held
+            for key, held in self.objects[kind].items()
+            if names.FACTORY_LABEL in held.metadata.labels
+        }
 
     def take(self, action: act.Action) -> None:
         self.before_write(action)
@@ -126,20 +139,7 @@ class SmallWorld(SmallCluster):
                 node = held or GPUNode(metadata=ObjectMeta(name=name))
                 self.put(msgspec.structs.replace(node, spec=spec), new_generation=True)
             case act.ApplyWorkload(kind, key, manifest):
-                old = self.objects[kind].get(key)
-                meta = manifest["metadata"]
-                owners = tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"])
-                made = kind(
-                    metadata=ObjectMeta(
-                        name=key[1],
-                        namespace=key[0],
-                        labels=meta["labels"],
-                        owner_references=owners,
-                        generation=old.metadata.generation if old else 0,
-                    ),
-                    spec=manifest["spec"],
-                )
-                self.put(made, new_generation=True)
+                self._apply_workload(kind, key, manifest, action.held)
             case act.Retire(held):
                 self.version += 1
                 current = self.objects[type(held)].pop(key_of(held))
@@ -165,6 +165,29 @@ class SmallWorld(SmallCluster):
                 self.put(msgspec.structs.replace(held, spec=spec))
             case _:
                 self._note(action)
+
+    def _apply_workload(
+        self, kind: type, key: tuple[str, str], manifest: Mapping[str, Any], held: Any
+    ) -> None:
+        """As the actor does it: never over somebody else's object."""
+        old, meta = self.objects[kind].get(key), manifest["metadata"]
+        owners = tuple(msgspec.convert(owner, OwnerReference) for owner in meta["ownerReferences"])
+        if old is not None and whose(old.metadata, owners[0].name, owners[0].uid) == "Others":
+            assert held is None, "it is known to be somebody else's"
+            self.taken.note(
+                (kind.KIND, key), in_words(kind.KIND, old.metadata, owners[0].name), self.milliseconds
+            )
+            return
+        self.taken.free((kind.KIND, key))
+        made = ObjectMeta(
+            name=key[1],
+            namespace=key[0],
+            uid=old.metadata.uid if old else f"uid-{key[1]}-{self.version + 1}",
+            labels=meta["labels"],
+            owner_references=owners,
+            generation=old.metadata.generation if old else 0,
+        )
+        self.put(kind(metadata=made, spec=manifest["spec"]), new_generation=True)
 
     def _note(self, action: act.Action) -> None:
         """What is only told or written down."""

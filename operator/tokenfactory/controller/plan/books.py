@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenfactory.controller.plan.bidding import Cleared
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.memory import EnergyWindow
+from tokenfactory.controller.plan.naming import Model
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.purses import Spending
 from tokenfactory.controller.plan.replicating import Staffing
@@ -30,3 +31,5 @@ class Books:
     unplaced: Sequence[Unplaced]
     shed: Shed
     spending: Spending
+    nameless: Mapping[Model, str]
+    """Models that lack a name which somebody else has, and who."""

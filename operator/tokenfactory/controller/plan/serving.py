@@ -8,6 +8,8 @@ from tokenfactory.api import names
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.actions import Action, ApplyWorkload, DeleteWorkload
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service, says
+from tokenfactory.controller.owning import whose
+from tokenfactory.controller.plan.naming import Names, Workload, held_at, slots
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import (
@@ -15,41 +17,39 @@ from tokenfactory.controller.workloads import (
     Object,
     WorkloadOptions,
     deployment,
-    group_name,
     is_as,
     leader_worker_set,
     restarts_through_gate,
     service,
-    workload_name,
 )
-from tokenfactory.kube.resources import Key
-
-Workload = Deployment | LeaderWorkerSet | Service
-Slot = tuple[type[Workload], Key]
+from tokenfactory.kube.resources import key_of
 
 
-def serve(world: World, staffing: Staffing, options: WorkloadOptions) -> list[Action]:
+def serve(world: World, staffing: Staffing, options: WorkloadOptions, given: Names) -> list[Action]:
     options = _for_these_nodes(world, options)
     actions: list[Action] = []
-    wanted: set[Slot] = set()
     for factory_key, factory in world.snapshot.factories.items():
         if factory.metadata.deletion_timestamp:
             continue
         for model in factory.spec.models:
-            runs, front = _slots(factory, model)
-            wanted |= {runs, front}
-            actions += _keep(world, factory, model, staffing.count(factory_key, model.name), options)
+            count = staffing.count(factory_key, model.name)
+            actions += [
+                action
+                for action in _keep(world, factory, model, count, options)
+                if given.holders.get((action.kind, action.key)) == (factory_key, model.name)
+                and (action.kind, action.key) not in given.taken
+            ]
     there: list[Workload] = [
         *world.snapshot.deployments.values(),
         *(world.snapshot.leader_worker_sets or {}).values(),
         *world.snapshot.services.values(),
     ]
-    for held in there:
-        slot = (type(held), (held.metadata.namespace or "", held.metadata.name))
-        if slot not in wanted and _owned_here(world, held) and not held.metadata.deletion_timestamp:
-            model_name = held.metadata.labels.get(names.MODEL_LABEL, "")
-            actions.append(DeleteWorkload(held, f"its factory no longer serves {model_name} in this way"))
-    return actions
+    return [*actions, *(_drop(held) for held in there if not _wanted(world, held, given))]
+
+
+def _drop(held: Workload) -> Action:
+    model_name = held.metadata.labels.get(names.MODEL_LABEL, "")
+    return DeleteWorkload(held, f"its factory no longer serves {model_name} in this way")
 
 
 def _for_these_nodes(world: World, options: WorkloadOptions) -> WorkloadOptions:
@@ -69,25 +69,16 @@ def lacks_groups(world: World, model: ModelSpec) -> bool:
     return model.nodes_per_replica > 1 and world.snapshot.leader_worker_sets is None
 
 
-def _slots(factory: TokenFactory, model: ModelSpec) -> tuple[Slot, Slot]:
-    """Where what runs the model is, and its Service."""
-    namespace = factory.metadata.namespace or ""
-    key = (namespace, workload_name(factory, model))
-    if model.nodes_per_replica > 1:
-        return (LeaderWorkerSet, (namespace, group_name(factory, model))), (Service, key)
-    return (Deployment, key), (Service, key)
-
-
 def _keep(
     world: World, factory: TokenFactory, model: ModelSpec, count: int, options: WorkloadOptions
-) -> list[Action]:
+) -> list[ApplyWorkload]:
     if lacks_groups(world, model):
         return []
-    actions: list[Action] = []
-    (kind, key), (_, front_key) = _slots(factory, model)
-    held: Workload | None = world.snapshot.deployments.get(key)
+    actions = []
+    mine = slots(factory, model)
+    (kind, key), (_, front_key) = mine.runs, mine.front
+    held = held_at(world, mine.runs)
     if kind is LeaderWorkerSet:
-        held = (world.snapshot.leader_worker_sets or {}).get(key)
         wanted = leader_worker_set(factory, model, count, options)
     else:
         wanted = _deployment(world, held, factory, model, count, options)
@@ -97,11 +88,12 @@ def _keep(
             if held is None
             else f"{model.name} is to be as its factory says"
         )
-        actions.append(ApplyWorkload(kind, key, wanted, reason))
+        actions.append(ApplyWorkload(kind, key, wanted, reason, held))
     front = service(factory, model)
     held_service = world.snapshot.services.get(front_key)
     if held_service is None or not is_as(held_service, front):
-        actions.append(ApplyWorkload(Service, front_key, front, f"an address for {model.name}"))
+        reason = f"an address for {model.name}"
+        actions.append(ApplyWorkload(Service, front_key, front, reason, held_service))
     return actions
 
 
@@ -138,11 +130,13 @@ def _somewhere(world: World) -> bool:
     )
 
 
-def _owned_here(world: World, held: Workload) -> bool:
-    """Ours, and its factory is still there. (What a deleted factory had, the garbage collector takes.)"""
-    factory = world.snapshot.factories.get(
-        (held.metadata.namespace or "", held.metadata.labels.get(names.FACTORY_LABEL, ""))
-    )
-    return factory is not None and any(
-        owner.uid == factory.metadata.uid for owner in held.metadata.owner_references
-    )
+def _wanted(world: World, held: Workload, given: Names) -> bool:
+    """Not ours to delete, or still asked for. What a deleted factory had, the garbage collector takes or leaves."""
+    name = held.metadata.labels.get(names.FACTORY_LABEL, "")
+    factory = world.snapshot.factories.get((held.metadata.namespace or "", name))
+    if factory is None or factory.metadata.deletion_timestamp or held.metadata.deletion_timestamp:
+        return True
+    if whose(held.metadata, name, factory.metadata.uid or "") == "Others":
+        return True
+    holder = given.holders.get((type(held), key_of(held)))
+    return holder is not None and holder[0] == key_of(factory)

@@ -98,6 +98,7 @@ def factory_status(books: Books, recovered: Recovered, factory: TokenFactory) ->
         ready=f"{facts.ready}/{facts.desired}",
         models=facts.models,
         waiting=(
+            *_nameless(books, factory),
             *_parked(books, factory),
             *(
                 Waiting(what=entry.replica.name, reason=entry.reason, message=entry.message[:1024])
@@ -149,6 +150,14 @@ def _newly_waiting(
         (entry.what, entry.reason) for entry in before.waiting
     }
     return [entry for entry in facts.waiting if (entry.replica.name, entry.reason) in new]
+
+
+def _nameless(books: Books, factory: TokenFactory) -> list[Waiting]:
+    return [
+        Waiting(what=model.name, reason="NameTaken", message=why[:1024])
+        for model in factory.spec.models
+        if (why := books.nameless.get((key_of(factory), model.name)))
+    ]
 
 
 def _parked(books: Books, factory: TokenFactory) -> list[Waiting]:

@@ -174,8 +174,13 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
     ]
     if refused:
         return (False, "NotAdmitted", "; ".join(refused))
+    key = key_of(factory)
+    if nameless := [
+        f"{name}: {why}" for (owner, name), why in sorted(books.nameless.items()) if owner == key
+    ]:
+        return (False, "NameTaken", "; ".join(nameless))
     if facts.ready >= facts.desired:
-        parked = [note for (key, _), note in books.shed.notes.items() if key == key_of(factory)]
+        parked = [note for (owner, _), note in books.shed.notes.items() if owner == key]
         return (True, "AllReady", "; ".join((f"all {facts.desired} replicas serve", *parked)))
     counted = f"{facts.ready} of {facts.desired} replicas serve"
     if facts.waiting:
