@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from tokenfactory.api import names
-from tokenfactory.api.quantities import parse_decimal, parse_duration
+from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.profiles import model_points
 from tokenfactory.controller.plan.purses import factory_name, payer_of
 from tokenfactory.controller.plan.world import World
+from tokenfactory.planning.efficiency.from_api import goals_of
+from tokenfactory.planning.efficiency.operating_point import Goals, choose_operating_point
 from tokenfactory.planning.power import catalogue
 from tokenfactory.planning.power.goods import PowerClass
-from tokenfactory.planning.power.profile import Hull, Requirement, hull_of, parked, unknown
+from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked, unknown
 
 _LEAST_VALUE = 1e-15
 """Per token, of what is on its way out: less than anything that a factory can ask for."""
@@ -48,18 +51,23 @@ def find_model(world: World, label: str) -> tuple[TokenFactory, ModelSpec] | Non
 def model_hull(world: World, model: ModelSpec, product: str, low: int, high: int) -> Hull:
     """From the PowerProfile that is named or that fits, else from the catalogue."""
     points = model_points(world, model, product, high)
-    slo = model.slo
+    return _hull(points, goals_of(model), low, high, model.gpus_per_replica)
+
+
+@lru_cache(maxsize=4096)
+def _hull(points: tuple[Point, ...], goals: Goals, low: int, high: int, gpus_per_replica: int) -> Hull:
+    """Its floor is that of the load that replicas are staffed for: at fewer requests lower caps would keep the SLO."""
+    asked = goals.inter_token_milliseconds is not None or goals.first_token_milliseconds is not None
+    point = choose_operating_point(points, goals, gpus_per_replica=gpus_per_replica) if asked else None
     requirement = Requirement(
-        inter_token_milliseconds=float(parse_duration(slo.inter_token_latency))
-        if slo.inter_token_latency
-        else None,
+        goals.inter_token_milliseconds, goals.first_token_milliseconds, point.concurrency if point else None
     )
     return hull_of(
         points,
         requirement,
         minimum_milliwatts=low,
         maximum_milliwatts=high,
-        gpus_per_replica=model.gpus_per_replica,
+        gpus_per_replica=gpus_per_replica,
     )
 
 

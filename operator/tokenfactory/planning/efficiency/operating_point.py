@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from tokenfactory.planning.power.profile import Point
+from tokenfactory.planning.power.profile import Point, between
 
 # A point this close to the SLO counts as keeping it only for a load that never varies.
 SLO_MARGIN: Final = 0.9
@@ -117,21 +117,9 @@ def _between(points: list[Point]) -> list[Point]:
     for point in points:
         by_cap.setdefault(point.milliwatts, []).append(point)
     dense = list(points)
-    for cap, row in by_cap.items():
+    for row in by_cap.values():
         row.sort(key=lambda p: p.concurrency)
         for a, b in pairwise(row):
-            dense += [_mix(cap, a, b, part / 4) for part in (1, 2, 3) if b.concurrency - a.concurrency >= 4]
+            gap = b.concurrency - a.concurrency
+            dense += [between(a, b, a.concurrency + gap * part // 4) for part in (1, 2, 3) if gap >= 4]
     return dense
-
-
-def _mix(cap: int, a: Point, b: Point, part: float) -> Point:
-    def between(x: float | None, y: float | None) -> float | None:
-        return None if x is None or y is None else x + (y - x) * part
-
-    return Point(
-        milliwatts=cap,
-        tokens_per_second=a.tokens_per_second + (b.tokens_per_second - a.tokens_per_second) * part,
-        concurrency=int(a.concurrency + (b.concurrency - a.concurrency) * part),
-        inter_token_milliseconds=between(a.inter_token_milliseconds, b.inter_token_milliseconds),
-        first_token_milliseconds=between(a.first_token_milliseconds, b.first_token_milliseconds),
-    )

@@ -38,7 +38,7 @@ class Requirement:
     inter_token_milliseconds: float | None = None
     first_token_milliseconds: float | None = None
     concurrency: int | None = None
-    """The load per replica; None: as much as it can take."""
+    """The load per replica, at which latencies have to hold; None: as much as it can take, or as little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,8 @@ def hull_of(
     curve = _curve(keeping or loaded, minimum_milliwatts, maximum_milliwatts)
     if not asked or not meets:
         return _finish(curve, None, meets_slo=meets)
-    floor = max(min(p.milliwatts for p in keeping), minimum_milliwatts)
+    at_load = [p for p in keeping if p.concurrency == requirement.concurrency]
+    floor = max(min(p.milliwatts for p in at_load or keeping), minimum_milliwatts)
     floor = min(maximum_milliwatts, floor)
     below = _curve(loaded, minimum_milliwatts, maximum_milliwatts)
     kept = [(w, t) for w, t in curve if w >= floor] or [(floor, curve[-1][1])]
@@ -163,11 +164,47 @@ def hull_of_curve(curve: list[tuple[int, float]], floor: int | None) -> Hull:
 
 
 def _at_load(points: list[Point], concurrency: int | None) -> list[Point]:
-    """Points a replica with that load can be at: a replica never serves more at once than it is sent."""
+    """Points a replica with that load can be at, one at the load itself for each cap at which that is known.
+
+    A replica never serves more at once than it is sent. Beyond what was measured at a cap tokens and latencies follow the
+    load in proportion: of both the worse that they can be.
+    """
     if concurrency is None or not points:
         return points
-    least = min(p.concurrency for p in points)
-    return [p for p in points if p.concurrency <= max(concurrency, least)]
+    densest = max(p.concurrency for p in points)
+    rows: dict[int, list[Point]] = {}
+    for point in sorted(points, key=lambda p: (p.milliwatts, p.concurrency)):
+        rows.setdefault(point.milliwatts, []).append(point)
+    loaded = [p for p in points if p.concurrency < concurrency]
+    for row in rows.values():
+        least, most = row[0], row[-1]
+        if concurrency <= least.concurrency:
+            tokens = least.tokens_per_second * concurrency / least.concurrency
+            loaded.append(replace(least, concurrency=concurrency, tokens_per_second=tokens))
+        elif concurrency <= most.concurrency:
+            a, b = next((a, b) for a, b in pairwise(row) if concurrency <= b.concurrency)
+            loaded.append(between(a, b, concurrency))
+        elif most.concurrency == densest:
+            inter = most.inter_token_milliseconds
+            slower = None if inter is None else inter * concurrency / most.concurrency
+            loaded.append(replace(most, concurrency=concurrency, inter_token_milliseconds=slower))
+    return loaded
+
+
+def between(a: Point, b: Point, concurrency: int) -> Point:
+    """What lies between two measurements at one cap."""
+    part = (concurrency - a.concurrency) / (b.concurrency - a.concurrency)
+
+    def mix(x: float | None, y: float | None) -> float | None:
+        return None if x is None or y is None else x + (y - x) * part
+
+    return Point(
+        milliwatts=a.milliwatts,
+        tokens_per_second=a.tokens_per_second + (b.tokens_per_second - a.tokens_per_second) * part,
+        concurrency=concurrency,
+        inter_token_milliseconds=mix(a.inter_token_milliseconds, b.inter_token_milliseconds),
+        first_token_milliseconds=mix(a.first_token_milliseconds, b.first_token_milliseconds),
+    )
 
 
 def _keeps(point: Point, requirement: Requirement, gpus_per_replica: int) -> bool:

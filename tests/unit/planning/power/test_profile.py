@@ -77,6 +77,35 @@ def test_the_slo_floor_is_the_lowest_cap_that_keeps_the_latency():
     assert found.meets_slo
 
 
+def test_the_floor_is_that_of_the_load_and_not_of_a_replica_that_serves_one_request():
+    measured = [
+        Point(200_000, 40, 1, 20.0),
+        Point(200_000, 800, 64, 80.0),
+        Point(400_000, 45, 1, 18.0),
+        Point(400_000, 1600, 64, 40.0),
+        Point(700_000, 1700, 64, 38.0),
+    ]
+
+    def floor(load: int | None) -> int:
+        found = hull(measured, Requirement(inter_token_milliseconds=50, concurrency=load))
+        return found.milliwatts[found.floor] // 1000
+
+    assert floor(64) == 400
+    assert floor(1) == 200
+    # Half way between one request and 64, and a little more: 50 ms at 200 W fall between them.
+    assert (floor(32), floor(33)) == (200, 400)
+
+
+def test_a_time_to_first_token_has_a_floor_as_well():
+    measured = [
+        Point(300_000, 800, 64, 40.0, 2000.0),
+        Point(500_000, 900, 64, 35.0, 400.0),
+        Point(700_000, 950, 64, 33.0, 300.0),
+    ]
+    found = hull(measured, Requirement(first_token_milliseconds=500, concurrency=64))
+    assert found.milliwatts[found.floor] == 500_000
+
+
 def test_an_unknown_latency_follows_from_tokens_and_concurrency():
     measured = points((300, 100), (500, 250), concurrency=10)
     assert watts(hull(measured, Requirement(inter_token_milliseconds=50), low=300)) == [300, 500]
@@ -93,7 +122,10 @@ def test_a_latency_that_no_watts_can_keep_is_told_and_nothing_is_thrown_away():
 
 def test_a_replica_never_serves_more_at_once_than_it_is_sent():
     measured = points((300, 100), concurrency=4) + points((300, 900), (600, 1600), concurrency=64)
-    assert max(hull(measured, Requirement(concurrency=8)).tokens) == 100
+    # Between 4 and 64 requests at 300 W; at 600 W no fewer than 64 were measured, and 8 make an eighth of that.
+    assert hull(measured, Requirement(concurrency=8)).tokens[1:] == pytest.approx(
+        (100 + 800 * 4 / 60, 1600 / 8)
+    )
     assert max(hull(measured, Requirement(concurrency=64)).tokens) == 1600
 
 
