@@ -155,16 +155,16 @@ def build(domains: Iterable[PowerDomain], now: datetime | None) -> Tree:
     for name, parent in parents.items():
         children.setdefault(parent, []).append(name)
     found: dict[str, DomainNow] = {}
-    reserves: dict[str, int] = {}
+    own: dict[str, int] = {}
     level = children.get(None, [])
     while level:
         for name in level:
             above = found.get(parents[name] or "")
-            found[name], reserves[name] = _domain_now(
+            found[name], own[name] = _domain_now(
                 name, specs[name], above, now, problems, broken=name in broken
             )
         level = [child for name in level for child in children.get(name, [])]
-    usable = _usable(found, reserves, problems)
+    usable = _usable(found, own, problems)
     found = {name: replace(d, usable_milliwatts=usable[name]) for name, d in found.items()}
     selectors = {n: s.node_selector for n, s in specs.items() if s.node_selector is not None}
     return Tree(found, tuple(problems), selectors)
@@ -229,15 +229,16 @@ def _domain_now(
     *,
     broken: bool,
 ) -> tuple[DomainNow, int]:
-    reserve = 0
+    """What it is now, and what its own limit leaves without its reserve: of a lower one above, that is kept above."""
+    own = 0
     try:
         limit, bound_by = _own_limit(name, spec, above, now, problems)
-        reserve = _rounded_up(limit, spec.reserve)
+        own = limit - _rounded_up(limit, spec.reserve)
         fixed = int(parse_power(spec.fixed_load))
         hold = int(parse_duration(spec.hold))
     except QuantityError as error:
         problems.append(Problem(name, "BadQuantity", str(error)))
-        limit, bound_by, fixed, hold, broken = 0, "nothing: its spec cannot be read", 0, 1000, True
+        limit, own, bound_by, fixed, hold, broken = 0, 0, "nothing: its spec cannot be read", 0, 1000, True
     if above is not None and above.limit_milliwatts < limit:
         limit, bound_by = above.limit_milliwatts, f"parent {above.name}"
     if broken:
@@ -253,7 +254,7 @@ def _domain_now(
         bound_by=bound_by,
         hold_milliseconds=max(hold, _SHORTEST_HOLD_MILLISECONDS),
         fixed_load_milliwatts=fixed,
-    ), reserve
+    ), own
 
 
 def _own_limit(
@@ -288,9 +289,9 @@ def _rounded_up(limit: int, reserve: str) -> int:
 
 
 def _usable(
-    found: Mapping[str, DomainNow], reserves: Mapping[str, int], problems: list[Problem]
+    found: Mapping[str, DomainNow], own: Mapping[str, int], problems: list[Problem]
 ) -> dict[str, int]:
-    """Limit less reserve and the fixed load of the whole subtree, and never more than the parent's."""
+    """Its own limit less its reserve and the fixed load of the whole subtree, and never more than the parent's."""
     load = {name: d.fixed_load_milliwatts for name, d in found.items()}
     for name in reversed(list(found)):
         parent = found[name].parent
@@ -298,7 +299,7 @@ def _usable(
             load[parent] += load[name]
     usable: dict[str, int] = {}
     for name, domain in found.items():
-        left = domain.usable_milliwatts - (reserves[name] + load[name] if domain.usable_milliwatts else 0)
+        left = own[name] - load[name] if domain.usable_milliwatts else 0
         if left < 0:
             message = (
                 f"reserve and fixed load ask for {-left / 1000:.0f} W more than the limit of "

@@ -54,6 +54,14 @@ class TestLimits:
         assert found.domains["rack"].usable_milliwatts == 95 * KW
         assert found.domains["rack"].bound_by == "parent hall"
 
+    def test_a_reserve_is_of_the_own_limit_and_not_taken_off_a_lower_one_above(self):
+        """Else a site that is cut to a third would take a tenth more from each hall below it."""
+        domains = [domain("site", "300kW", reserve="3%"), domain("hall", "1MW", parent="site", reserve="3%")]
+        found = tree.build(domains, NOON)
+        assert found.domains["hall"].usable_milliwatts == found.domains["site"].usable_milliwatts == 291 * KW
+        domains = [domain("site", "1MW"), domain("hall", "1MW", parent="site", reserve="3%")]
+        assert tree.build(domains, NOON).domains["hall"].usable_milliwatts == 970 * KW
+
     def test_a_percentage_is_of_the_parents_limit(self):
         found = tree.build([domain("hall", "800kW"), domain("row", "12.5%", parent="hall")], NOON)
         assert found.domains["row"].limit_milliwatts == 100 * KW
