@@ -98,8 +98,10 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         lowest = {label: hull.milliwatts[0] for label, hull in cleared.hulls.items()}
         targets = held_to(spent, with_charges(ledger, charging, grid.facts), targets, lowest)
     sheets = _sheets(ledger, charging, grid, targets, may_rise=not unreadable)
-    actions: list[Action] = _publish(world, sheets)
-    actions += charging
+    cutting, rising = _publish(world, sheets)
+    # Each may land without the others: what rises was planned over all of these charges. All agents answer a sheet,
+    # and would change each GPUNode before its charge could be written over the version that the plan has seen.
+    actions: list[Action] = [*cutting, *charging, *rising]
     actions += open_gates(world)
     actions += replanned.actions
     halved, given_up = halves(world, (*choice.unplaced, *granting.waiting), memory.halves)
@@ -184,19 +186,19 @@ def _ledger(world: World, grid: Grid, earlier: Ledger | None = None) -> Ledger:
     return observe(grid.domains, sheets, snapshot.gpu_nodes.values(), grid.facts, leadership, earlier)
 
 
-def _publish(world: World, sheets: SheetPlan) -> list[Action]:
-    """Cuts first: they never wait for anything."""
+def _publish(world: World, sheets: SheetPlan) -> tuple[list[Action], list[Action]]:
+    """Cuts, which never wait for anything, and the rest."""
     order = {"Cut": 0, "Create": 1, "Claim": 2, "Raise": 3}
-    writes = sorted(sheets.writes, key=lambda write: order[write.why])
-    return [
+    found = [
         PublishSheet(
             world.snapshot.sheets.get(("", write.spec.domain)),
             write.spec,
             f"{write.why} epoch {write.spec.epoch}",
             lowers=write.why == "Cut",
         )
-        for write in writes
+        for write in sorted(sheets.writes, key=lambda write: order[write.why])
     ]
+    return [it for it in found if it.lowers], [it for it in found if not it.lowers]
 
 
 def _tell(books: Books) -> list[Action]:

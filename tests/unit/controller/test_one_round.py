@@ -81,3 +81,25 @@ def test_a_grant_and_a_raise_do_not_take_the_same_watts(world: SmallWorld):
     assert ("GPUNode", "a0") in with_charges(later, [claimed], facts).unclaimed("hall"), (
         "not before it is written"
     )
+
+
+def test_charges_are_written_before_the_sheets_that_every_agent_answers():
+    """An answer changes the GPUNode, and a charge is only ever written over the version that the plan has seen."""
+    world = SmallWorld()
+    world.add_node("a0", rack="a")
+    world.apply(domain("hall", "40kW", nodeOverhead="1kW"), rack_of("a", "10kW"))
+    world.settle()
+    world.add_node("a1", rack="a")
+    world.apply(factory(model(band=100, replicas=(4, 4))))
+    both = 0
+    for _ in range(30):
+        world.others()
+        kinds = [
+            "charge" if isinstance(action, act.ChargeNode) else "cut" if action.lowers else "rise"
+            for action in world.plan().plan.actions
+            if isinstance(action, act.ChargeNode | act.PublishSheet)
+        ]
+        assert kinds == sorted(kinds, key=["cut", "charge", "rise"].index)
+        both += {"charge", "rise"} <= set(kinds)
+        world.operate()
+    assert both, "no round had both: this test shows nothing"
