@@ -1,23 +1,20 @@
-"""The real parts around an agent: caches of the API server, its status writer, the kubelet's socket."""
+"""The real parts around an agent: a watch of its node, its status writer, the kubelet's socket. Its sheets: `following`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenfactory.agent.kubelet_memory import KubeletMemory
 from tokenfactory.agent.nvml import Gpu
 from tokenfactory.agent.parts import PodDevices, PodResourcesError
-from tokenfactory.agent.sources import SheetBook
-from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeStatus
 from tokenfactory.kube.apply import Refused, Writer
 from tokenfactory.kube.cache import Cache, Change
 from tokenfactory.kube.client import Client
 from tokenfactory.kube.errors import ApiError, UnreachableError
-from tokenfactory.planning.power.governor import Sheet
 
 log = logging.getLogger(__name__)
 
@@ -42,61 +39,6 @@ class LiveNode:
                 changed()
 
         self.cache.on_change(told)
-
-
-class LiveSheets:
-    """The sheets of whatever trees the node is in: one ordered watch for each, with its renewal in it."""
-
-    def __init__(self, client: Client, tasks: asyncio.TaskGroup) -> None:
-        self._client = client
-        self._tasks = tasks
-        self._book = SheetBook()
-        self._watches: dict[str, tuple[Cache[CapSheet], asyncio.Task[None]]] = {}
-        self._changed: Callable[[], None] = lambda: None
-
-    @property
-    def sheets(self) -> Mapping[str, Sheet]:
-        """A sheet that was written anew and cannot be read counts as absent: it may have been a cut."""
-        unread = {name for cache, _ in self._watches.values() for _, name in cache.undecodable}
-        if not unread:
-            return self._book.sheets
-        return {domain: sheet for domain, sheet in self._book.sheets.items() if domain not in unread}
-
-    @property
-    def renewals(self) -> Mapping[str, int]:
-        return self._book.renewals
-
-    def subscribe(self, changed: Callable[[], None]) -> None:
-        self._changed = changed
-
-    def follow(self, trees: frozenset[str]) -> None:
-        for tree in self._watches.keys() - trees:
-            cache, task = self._watches.pop(tree)
-            task.cancel()
-            self._book.forget(tree, (sheet for sheet in cache))
-        for tree in trees - self._watches.keys():
-            cache = Cache(self._client, CapSheet, label_selector=f"{TREE_LABEL}={tree}")
-            cache.on_change(self._take)
-            self._watches[tree] = cache, self._tasks.create_task(self._watch(tree, cache))
-
-    async def _watch(self, tree: str, cache: Cache[CapSheet]) -> None:
-        announce = self._tasks.create_task(self._announce(cache))
-        try:
-            log.info("following the sheets of a tree", extra={"tree": tree})
-            await cache.run()
-        finally:
-            announce.cancel()
-
-    async def _announce(self, cache: Cache[CapSheet]) -> None:
-        await cache.synced()  # also a tree without any sheet is news: it allows nothing
-        self._changed()
-
-    def ready(self, trees: frozenset[str]) -> bool:
-        return all(tree in self._watches and self._watches[tree][0].is_synced for tree in trees)
-
-    def _take(self, change: Change[CapSheet]) -> None:
-        self._book.take(change.old, change.new)
-        self._changed()
 
 
 class LiveWriter:

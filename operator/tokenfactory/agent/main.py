@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from tokenfactory.agent.live import LiveNode, LivePods, LiveSheets, LiveWriter
+from tokenfactory.agent.following import LiveSheets
+from tokenfactory.agent.live import LiveNode, LivePods, LiveWriter
 from tokenfactory.agent.loop import Agent
 from tokenfactory.agent.nim import Scraper
 from tokenfactory.agent.nodepower import Source, meter_of

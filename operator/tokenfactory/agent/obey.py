@@ -76,14 +76,13 @@ class ShortPath:
             self._read_back(decision)
 
     def _take_node(self) -> None:
-        """A new spec is obeyed once all its trees have been heard of; until then the one before."""
+        """A new spec is obeyed once all its paths have been heard of; until then the one before."""
         node = self._nodes.node()
         if node is None:
             return
-        paths = (node.spec.path, *node.spec.former_paths)
-        trees = frozenset(path[0] for path in paths if path)
-        self._sheets.follow(trees)
-        if self._sheets.ready(trees):
+        paths = frozenset(path for path in (node.spec.path, *node.spec.former_paths) if path)
+        self._sheets.follow(paths)
+        if self._sheets.ready(paths):
             if self.state.node is None:
                 self.state.observed_generation = node.status.observed_generation
                 self.state.node = node

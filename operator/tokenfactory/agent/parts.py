@@ -16,6 +16,9 @@ from tokenfactory.api.gpu_node import GPUNode, GPUNodeStatus
 from tokenfactory.kube.times import boot_seconds, rfc3339
 from tokenfactory.planning.power.governor import Sheet
 
+Path = tuple[str, ...]
+"""Domains, from the root of a tree down to a node's own."""
+
 
 class NodeSource(Protocol):
     """The GPUNode of the node that the agent is on."""
@@ -28,13 +31,13 @@ class NodeSource(Protocol):
 
 
 class SheetSource(Protocol):
-    """The cap sheets of the trees that the node is in, in the governor's form."""
+    """The cap sheets of the domains that the node is in, in the governor's form."""
 
-    def follow(self, trees: frozenset[str]) -> None:
-        """Watch these trees from now on, and no other."""
+    def follow(self, paths: frozenset[Path]) -> None:
+        """Watch the domains of these paths from now on; no other once these have been heard of."""
 
-    def ready(self, trees: frozenset[str]) -> bool:
-        """A complete list of each of these trees was taken in since it has been followed."""
+    def ready(self, paths: frozenset[Path]) -> bool:
+        """A complete list of the domains of each of these paths was taken in since they have been followed."""
 
     @property
     def sheets(self) -> Mapping[str, Sheet]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
+from tokenfactory.agent.parts import Path
 from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet, CapSheetSpec
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.planning.power.governor import Sheet
@@ -54,8 +55,13 @@ class SheetBook:
     def forget(self, tree: str, sheets: Iterable[CapSheet]) -> None:
         """Nobody follows this tree any more; what was heard of it must not be taken for news later."""
         self._renewals.pop(tree, None)
+        self.drop(sheets)
+
+    def drop(self, sheets: Iterable[CapSheet]) -> None:
+        """Nobody follows these any more."""
         for sheet in sheets:
-            self._drop(sheet.spec)
+            if sheet.spec.renewal is None:
+                self._drop(sheet.spec)
 
     def _drop(self, gone: CapSheetSpec) -> None:
         """Unless the watch of another tree, that the sheet has moved to, has brought a newer one already."""
@@ -88,7 +94,8 @@ class SharedSheets:
     def subscribe(self, changed: Listener) -> None:
         self._changed = changed
 
-    def follow(self, trees: frozenset[str]) -> None:
+    def follow(self, paths: frozenset[Path]) -> None:
+        trees = frozenset(path[0] for path in paths)
         for tree in self._trees - trees:
             self._book.unlisten(tree, self._tell)
         for tree in trees - self._trees:
@@ -98,7 +105,7 @@ class SharedSheets:
     def _tell(self) -> None:
         self._changed()
 
-    def ready(self, _trees: frozenset[str]) -> bool:
+    def ready(self, _paths: frozenset[Path]) -> bool:
         """The shared watch is of all trees."""
         return self._is_synced()
 

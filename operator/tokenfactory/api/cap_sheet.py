@@ -17,6 +17,8 @@ from tokenfactory.api.meta import Api, Resource
 from tokenfactory.api.rules import AGE, Column, Rule
 
 TREE_LABEL = "tokenfactory.dev/tree"
+DOMAIN_LABEL = "tokenfactory.dev/domain"
+"""An agent follows the sheets of its own path alone: of a tree of thousands of racks it hears of one."""
 RENEWAL_SUFFIX = ".renewal"
 
 
@@ -208,3 +210,8 @@ class CapSheet(Resource, frozen=True, kw_only=True):
     )
 
     spec: CapSheetSpec
+
+
+def labels_of(spec: CapSheetSpec) -> dict[str, str]:
+    """By which agents follow a sheet. A renewal carries its root's, so whoever follows a tree at all hears of it."""
+    return {TREE_LABEL: spec.tree, DOMAIN_LABEL: spec.domain}

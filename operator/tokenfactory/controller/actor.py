@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tokenfactory.api import names
-from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet
+from tokenfactory.api.cap_sheet import CapSheet, labels_of
 from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
 from tokenfactory.api.meta import OwnerReference, Resource
@@ -198,7 +198,7 @@ class Actor:
 
     async def _publish(self, action: act.PublishSheet) -> Written[CapSheet] | Refused:
         """P5: only over the version that was planned on, only while we lead."""
-        labels = {TREE_LABEL: action.spec.tree}
+        labels = labels_of(action.spec)
         if action.held is None:
             name = action.name or action.spec.domain
             return await self.writer.create(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from tokenfactory.api.cap_sheet import CapSheet
+import msgspec
+
+from tokenfactory.api.cap_sheet import CapSheet, labels_of
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.controller.actor import Actor
+from tokenfactory.kube.apply import Writer
 from tokenfactory.kube.client import Client
+from tokenfactory.kube.errors import ApiError, UnreachableError
 from tokenfactory.kube.listing import Listing
 from tokenfactory.kube.resources import collection_path
 
@@ -25,6 +29,19 @@ async def highest_term(client: Client) -> int:
     nodes = await Listing(client, GPUNode, collection_path(GPUNode), {}, 500).read()
     terms = [sheet.spec.term for sheet in sheets.items] + [node.spec.term for node in nodes.items]
     return max(terms, default=0)
+
+
+async def label_sheets(writer: Writer, sheets: Iterable[CapSheet]) -> None:
+    """Agents follow sheets by their labels, and an earlier release did not write all of them."""
+    for sheet in sheets:
+        labels = labels_of(sheet.spec)
+        if labels.items() <= sheet.metadata.labels.items():
+            continue
+        meta = msgspec.structs.replace(sheet.metadata, labels={**sheet.metadata.labels, **labels})
+        try:
+            await writer.replace(msgspec.structs.replace(sheet, metadata=meta), urgent=True)
+        except (ApiError, UnreachableError) as error:  # its next epoch carries them
+            log.warning("sheet not labelled", extra={"sheet": sheet.metadata.name, "error": str(error)})
 
 
 async def settled(

@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet, renewal_name
+from tokenfactory.api.cap_sheet import CapSheet, labels_of, renewal_name
 from tokenfactory.controller.observer import Observer
 from tokenfactory.controller.snapshot import Leadership
 from tokenfactory.kube.apply import Refused, Writer
@@ -64,7 +64,7 @@ class Renewer:
         try:
             if held is None:
                 answer = await self._writer.create(
-                    CapSheet, ("", name), {"spec": spec}, labels={TREE_LABEL: tree}, urgent=True
+                    CapSheet, ("", name), {"spec": spec}, labels=labels_of(spec), urgent=True
                 )
             else:
                 answer = await self._writer.replace(msgspec.structs.replace(held, spec=spec), urgent=True)

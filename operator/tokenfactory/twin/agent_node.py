@@ -14,7 +14,15 @@ import subprocess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenfactory.api.cap_sheet import TREE_LABEL, CapSheet, CapSheetSpec, ClassCap, Renewal, renewal_name
+from tokenfactory.api.cap_sheet import (
+    TREE_LABEL,
+    CapSheet,
+    CapSheetSpec,
+    ClassCap,
+    Renewal,
+    labels_of,
+    renewal_name,
+)
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec, PodGrant
 from tokenfactory.api.meta import Resource
 from tokenfactory.kube.apply import Refused, Writer
@@ -112,7 +120,7 @@ class SheetDesk:
         self, node: str, path: tuple[str, ...], *pods: PodGrant, overhead_milliwatts: int = 0
     ) -> GPUNode:
         spec = GPUNodeSpec(path=path, pods=pods, overhead_milliwatts=overhead_milliwatts)
-        return await self._apply(GPUNode, node, {"spec": spec})
+        return await self._apply(GPUNode, node, {"spec": spec}, {TREE_LABEL: self.tree})
 
     async def publish(
         self,
@@ -134,20 +142,20 @@ class SheetDesk:
                 for name, (cap, fallback) in caps.items()
             ),
         )
-        return await self._apply(CapSheet, domain, {"spec": spec})
+        return await self._apply(CapSheet, domain, {"spec": spec}, labels_of(spec))
 
     async def renew(self) -> None:
         self._sequence += 1
         spec = CapSheetSpec(
             domain=self.tree, tree=self.tree, term=1, epoch=1, renewal=Renewal(sequence=self._sequence)
         )
-        await self._apply(CapSheet, renewal_name(self.tree), {"spec": spec})
+        await self._apply(CapSheet, renewal_name(self.tree), {"spec": spec}, labels_of(spec))
 
     async def node(self, name: str) -> GPUNode:
         return await self.client.get(GPUNode, ("", name))
 
-    async def _apply(self, kind: type[T], name: str, content: dict[str, Any]) -> T:
-        answer = await self._writer.apply(kind, ("", name), content, labels={TREE_LABEL: self.tree})
+    async def _apply(self, kind: type[T], name: str, content: dict[str, Any], labels: dict[str, str]) -> T:
+        answer = await self._writer.apply(kind, ("", name), content, labels=labels)
         if isinstance(answer, Refused):
             raise RuntimeError(  # noqa: TRY004  it is no type that is wrong
                 f"{kind.KIND} {name} was not written: {answer.message}"

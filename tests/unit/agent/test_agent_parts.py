@@ -15,8 +15,8 @@ from tests.unit.agent.virtual import run
 from typer.testing import CliRunner
 
 from tokenfactory.agent import main
+from tokenfactory.agent.following import LiveSheets
 from tokenfactory.agent.holders import holdings
-from tokenfactory.agent.live import LiveSheets
 from tokenfactory.agent.main import AgentOptions
 from tokenfactory.agent.metrics import render
 from tokenfactory.agent.parts import PodDevices
@@ -410,7 +410,8 @@ def test_a_sheet_that_cannot_be_read_counts_as_absent() -> None:
     sheets = LiveSheets(None, None)
     sheets._book.take(None, sheet(1, 500))
     assert set(sheets.sheets) == {"d"}
-    sheets._watches["t"] = (SimpleNamespace(undecodable={("", "d"): "spec.caps: no array"}), None)
+    cache = SimpleNamespace(undecodable={("", "d"): "spec.caps: no array"})
+    sheets._watches["t"] = SimpleNamespace(cache=cache)
     assert set(sheets.sheets) == set()
 
 

@@ -2,13 +2,15 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from tests.unit.controller.small_world import SmallWorld
 from tests.unit.controller.test_compose import SITE
 
+from tokenfactory.api.cap_sheet import CapSheet, labels_of
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.actor import Actor
-from tokenfactory.controller.handover import settled
+from tokenfactory.controller.handover import label_sheets, settled
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.kube.errors import UnreachableError
 
@@ -85,3 +87,22 @@ async def test_a_write_that_was_cancelled_or_lost_its_answer_makes_the_hand_over
     assert await settled(actor, lambda _: 10**9), (
         "seen in a newer version, the write has landed or never will"
     )
+
+
+async def test_sheets_of_a_release_before_the_label_get_it_once(world: SmallWorld):
+    """Agents follow the sheets of their path by it."""
+    sheets = list(world.objects[CapSheet].values())
+    bare = msgspec.structs.replace(sheets[0], metadata=msgspec.structs.replace(sheets[0].metadata, labels={}))
+    writer = _Writer()
+    await label_sheets(writer, [bare])
+    assert [each.metadata.labels for each in writer.replaced] == [labels_of(bare.spec)]
+    await label_sheets(writer, writer.replaced)
+    assert len(writer.replaced) == 1
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.replaced: list[CapSheet] = []
+
+    async def replace(self, sheet: CapSheet, *, urgent: bool) -> None:
+        self.replaced.append(sheet)
