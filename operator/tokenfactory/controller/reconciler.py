@@ -85,6 +85,9 @@ class Reconciler:
             generation = self._generation()
             # Pure and immutable, so it may take its time beside the loop, which goes on taking in events and cuts.
             plan = await asyncio.to_thread(self._plan, self._observe())
+            if not self.rounds:
+                seconds = round(time.monotonic() - started, 3)
+                log.info("first plan made", extra={"actions": len(plan.actions), "seconds": seconds})
             complete = await self._actor.execute(plan.actions, partial(self._is, generation, caught_up))
             self.rounds += 1
             self.last_round_at = time.monotonic()

@@ -27,6 +27,8 @@ from tokenfactory.twin.podrunner import ContainerFailedError, Containers
 
 log = logging.getLogger(__name__)
 Object = dict[str, Any]
+_AT_ONCE = 32
+"""Requests on their way for the nodes themselves."""
 
 
 class HollowPod(Resource, frozen=True, kw_only=True):
@@ -89,7 +91,9 @@ class PodDevices:
 
 
 @dataclass
-class _Running:
+class RunningPod:
+    """A pod that was bound to one of our nodes, until it is gone."""
+
     pod: HollowPod
     task: asyncio.Task[None]
     node: HollowNode
@@ -99,7 +103,10 @@ class _Running:
 
 
 class HollowKubelet:
-    """Runs the pods of many hollow nodes from one watch."""
+    """Runs the pods of many hollow nodes from one watch.
+
+    `_bring_up` and `_take_down` are what running a pod's containers means: a lighter kubelet has others.
+    """
 
     def __init__(
         self,
@@ -109,21 +116,23 @@ class HollowKubelet:
         claims: Path,
         next_pod_address: Callable[[], str],
         cold_seconds: float = 3.0,
+        lease_seconds: float = 10.0,
     ) -> None:
         self._client = client
+        self._lease_seconds = lease_seconds
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
         self.nodes = {node.name: node for node in nodes}
         self._claims = claims
         self._cold_seconds = cold_seconds
         self._next_pod_address = next_pod_address
         self._pods = Cache(client, HollowPod, field_selector="spec.nodeName!=")
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, RunningPod] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.registered = asyncio.Event()
 
     async def run(self) -> None:
         """Until cancelled; then everything that it started has ended."""
-        for node in self.nodes.values():
-            await self._register(node)
+        await asyncio.gather(*(self._register(node) for node in self.nodes.values()))
         self.registered.set()
         self._pods.on_change(self._pod_changed)
         try:
@@ -171,6 +180,10 @@ class HollowKubelet:
         await self._register(node)
 
     async def _register(self, node: HollowNode) -> None:
+        async with self._at_once:
+            await self._tell_of(node)
+
+    async def _tell_of(self, node: HollowNode) -> None:
         manifest = {
             "apiVersion": "v1",
             "kind": "Node",
@@ -206,11 +219,14 @@ class HollowKubelet:
 
     async def _keep_leases(self) -> None:
         while True:
-            for node in list(self.nodes.values()):
-                if node.alive:
-                    with contextlib.suppress(ApiError, UnreachableError):
-                        await self._renew(node)
-            await asyncio.sleep(10)
+            await asyncio.gather(*(self._renew_alive(node) for node in self.nodes.values()))
+            await asyncio.sleep(self._lease_seconds)
+
+    async def _renew_alive(self, node: HollowNode) -> None:
+        async with self._at_once:
+            if node.alive:
+                with contextlib.suppress(ApiError, UnreachableError):
+                    await self._renew(node)
 
     async def _renew(self, node: HollowNode) -> None:
         spec = {"holderIdentity": node.name, "leaseDurationSeconds": 40, "renewTime": _micro_now()}
@@ -243,7 +259,7 @@ class HollowKubelet:
                 self._spawn(self._finish(pod))
             return
         if running is None and pod.status.get("phase") not in {"Succeeded", "Failed"}:
-            self._running[uid] = _Running(pod, asyncio.create_task(self._live(pod)), node)
+            self._running[uid] = RunningPod(pod, asyncio.create_task(self._live(pod)), node)
 
     async def _live(self, pod: HollowPod) -> None:
         uid = pod.metadata.uid or ""
@@ -262,15 +278,21 @@ class HollowKubelet:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _start(self, running: _Running) -> None:
+    async def _start(self, running: RunningPod) -> None:
         pod, node = running.pod, running.node
         uid = pod.metadata.uid or ""
         gpus = node.allocate(uid, _gpus_asked(pod))
         self._publish(node)
         running.ip = self._next_pod_address()
+        await self._bring_up(running, gpus)
+
+    async def _bring_up(self, running: RunningPod, gpus: tuple[str, ...]) -> None:
+        """Until it serves: its init containers as processes, its model server simulated."""
+        pod, node = running.pod, running.node
+        uid = pod.metadata.uid or ""
         folder = node.folder / "pods" / uid
         containers = running.containers = Containers(pod.spec, self._values(running), folder, self._claims)
-        common = {"hostIP": node.address, "podIP": running.ip, "podIPs": [{"ip": running.ip}]}
+        common = addresses(running)
         await self._patch_status(pod, {"phase": "Pending", "startTime": _now(), **common})
         async for statuses in containers.run_init():
             await self._patch_status(pod, {"phase": "Pending", "initContainerStatuses": statuses, **common})
@@ -283,15 +305,12 @@ class HollowKubelet:
             cold_seconds=self._cold_seconds,
         )
         await running.nim.start(running.ip, names.NIM_PORT)
-        await self._patch_status(pod, _running_status(pod, containers.statuses, common))
+        await self._patch_status(pod, running_status(pod, containers.statuses, common))
 
-    async def _stop(self, running: _Running) -> None:
+    async def _stop(self, running: RunningPod) -> None:
         pod, node = running.pod, running.node
         uid = pod.metadata.uid or ""
-        if running.nim is not None:
-            await running.nim.stop()
-        if running.containers is not None:
-            await running.containers.stop()
+        await self._take_down(running)
         self._running.pop(uid, None)
         if not node.alive:
             return
@@ -299,6 +318,12 @@ class HollowKubelet:
         self._publish(node)
         shutil.rmtree(node.folder / "pods" / uid, ignore_errors=True)
         await self._finish(pod)
+
+    async def _take_down(self, running: RunningPod) -> None:
+        if running.nim is not None:
+            await running.nim.stop()
+        if running.containers is not None:
+            await running.containers.stop()
 
     async def _finish(self, pod: HollowPod) -> None:
         """A pod that is being deleted goes once its containers have ended."""
@@ -316,7 +341,7 @@ class HollowKubelet:
             body = {"metadata": {"uid": pod.metadata.uid}, "status": status}
             await self._client.request("PATCH", path, body=body, content_type=MERGE, repeatable=True)
 
-    def _values(self, running: _Running) -> dict[str, str]:
+    def _values(self, running: RunningPod) -> dict[str, str]:
         pod = running.pod
         values = {
             "metadata.name": pod.metadata.name,
@@ -330,12 +355,12 @@ class HollowKubelet:
         return values
 
     def _publish(self, node: HollowNode) -> None:
-        by_uid = {run.pod.metadata.uid: run.pod for run in self._running.values() if run.node is node}
         devices = []
         for uid, gpus in node.held.items():
-            pod = by_uid.get(uid)
-            if pod is not None and gpus:
-                devices.append(PodDevices(pod.metadata.namespace or "", pod.metadata.name, gpus))
+            running = self._running.get(uid)
+            if running is not None and gpus:
+                meta = running.pod.metadata
+                devices.append(PodDevices(meta.namespace or "", meta.name, gpus))
         node.publish(devices)
 
 
@@ -346,7 +371,12 @@ def _gpus_asked(pod: HollowPod) -> int:
     return sum(int(limit.get(names.GPU_RESOURCE, 0)) for limit in limits)
 
 
-def _running_status(pod: HollowPod, init: list[Object], common: Object) -> Object:
+def addresses(running: RunningPod) -> Object:
+    """What a status says of where a pod is."""
+    return {"hostIP": running.node.address, "podIP": running.ip, "podIPs": [{"ip": running.ip}]}
+
+
+def running_status(pod: HollowPod, init: list[Object], common: Object) -> Object:
     started = {"running": {"startedAt": _now()}}
     return {
         "phase": "Running",

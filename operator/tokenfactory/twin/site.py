@@ -7,8 +7,6 @@ grants; everything else of the chart is applied as it is.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,15 +25,13 @@ from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.fleet import OPERATOR_ACCOUNT, SYSTEM_NAMESPACE, Fleet, NodePlan
 from tokenfactory.twin.invariants import Breach, BudgetWatch, NodeTruth, gpu_truth
 from tokenfactory.twin.nvml import product_named
-from tokenfactory.twin.processes import PROGRAM, environment
+from tokenfactory.twin.processes import end_process, start_operator
 from tokenfactory.twin.toolchain import ensure_helm
 
 T = TypeVar("T", bound=Resource)
 CHART = Path(__file__).resolve().parents[3] / "charts" / "tokenfactory"
 _RUN_AS_PROCESSES = frozenset({"Deployment", "DaemonSet"})
 SAMPLE_SECONDS = 0.05
-LEASE_SECONDS = 15
-"""The chart's own default: a busy machine may keep a process waiting for seconds, and that is no reason to end."""
 _OURS = "/apis/tokenfactory.dev/v1alpha1"
 _COLLECTIONS = {
     "tf": (_OURS, "tokenfactories"),
@@ -101,17 +97,8 @@ class Site:
 
     def start_operator(self, kubeconfig: Path | None = None) -> None:
         """As the chart's service account, unless `kubeconfig` says otherwise."""
-        kubeconfig = kubeconfig or self.operator_kubeconfig()
-        command = [
-            *PROGRAM,
-            "operator",
-            f"--namespace={SYSTEM_NAMESPACE}",
-            f"--lease-seconds={LEASE_SECONDS}",
-        ]
-        with (self.folder / "operator.log").open("ab") as output:
-            self._operator = subprocess.Popen(
-                command, env=environment(KUBECONFIG=str(kubeconfig)), stdout=output, stderr=output
-            )
+        who = kubeconfig or self.operator_kubeconfig()
+        self._operator = start_operator(who, SYSTEM_NAMESPACE, self.folder / "operator.log")
 
     @property
     def operator_lives(self) -> bool:
@@ -123,16 +110,9 @@ class Site:
             self._operator.kill()
 
     def stop_operator(self, *, kill: bool = False) -> None:
-        if self._operator is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self._operator.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-        try:
-            self._operator.wait(20)
-        except subprocess.TimeoutExpired:
-            self._operator.kill()
-            self._operator.wait(20)
-        self._operator = None
+        if self._operator is not None:
+            end_process(self._operator, kill=kill)
+            self._operator = None
 
     # --- looking and waiting
 
