@@ -5,8 +5,12 @@ parked at NVML's minimum than that all run badly. The caps alone already fit the
 of the same watts. Per class and binding domain, as many replicas stay as the group's watts carry to the end
 of the stretch; what is left over goes back to the market. Where groups are small that rounds too coarsely: there the
 best whole numbers are searched for (`whole.py`), and of both plans the one that makes more is taken.
+
+A curve may have a second cliff further up. A class has one cap in a domain, so between two knees all of its GPUs make
+little more than at the lower one: there fewer replicas at the upper knee are tried, and kept where they make more.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,13 +86,17 @@ def _in_rounds(
 ) -> tuple[Clearing, IntArray]:
     """Parks until nobody is caught any more. `whole` is the market with nobody parked, `parked` who is already."""
     everything = replace(clearing.market, fleet=whole.market.fleet, committed=whole.market.committed)
-    parked = parked.copy()
     for _ in range(ROUNDS):
         more = _one_round(clearing, parked, may_park)
+        needed = more.any()
+        if not needed:
+            more = _over_bridges(clearing, parked, may_park)
         if not more.any():
             break
-        parked += more
-        clearing = clear_again(_running(everything, parked))
+        after = clear_again(_running(everything, parked + more))
+        if not needed and _made(after) <= _made(clearing):
+            break
+        parked, clearing = parked + more, after
     return clearing, parked
 
 
@@ -135,7 +143,9 @@ def _only_whole(each: PowerClass) -> bool:
 
 
 def _made(clearing: Clearing) -> tuple[float, ...]:
-    """What the running replicas really make, stage by stage: nothing on a stretch that only whole replicas cross."""
+    """What the running replicas really make, stage by stage: nothing on a stretch that only whole replicas cross, and on
+    a bridge further up what the curve below it makes.
+    """
     goods, fleet, caps = clearing.market.order.goods, clearing.market.fleet, clearing.caps
     made = np.zeros(goods.stages)
     for number, each in enumerate(goods.classes):
@@ -149,10 +159,21 @@ def _made(clearing: Clearing) -> tuple[float, ...]:
             if segment == 0 and _only_whole(each):
                 bought = np.where(bought >= width, width, 0)
             gain = (each.values[segment + 1] - each.values[segment]) / width
-            made[goods.piece_stage[at]] += float((bought * fleet.gpus[mine]).sum()) * gain
+            value = bought * gain
+            if segment > 0 and each.is_chord(segment):
+                value = np.array([_on_bridge(each, segment, int(part), width) for part in bought])
+            made[goods.piece_stage[at]] += float((value * fleet.gpus[mine]).sum())
     # Less than a part in a million is rounding, and no reason to prefer a plan.
     scale = max(float(made.sum()), 1e-12) * 1e-6
     return tuple(float(round(value / scale)) * scale for value in made)
+
+
+def _on_bridge(each: PowerClass, segment: int, bought: int, width: int) -> float:
+    """Value that so many watts of a bridge bring a GPU."""
+    if bought >= width:
+        return each.values[segment + 1] - each.values[segment]
+    tokens = each.tokens_at(each.milliwatts[segment] + bought) - each.tokens[segment]
+    return max(tokens, 0.0) * each.value_per_token
 
 
 def _running(market: Market, parked: IntArray) -> Market:
@@ -177,15 +198,10 @@ def _one_round(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntA
     """GPUs to park in addition, by pair."""
     market, caps = clearing.market, clearing.caps
     classes, fleet = market.order.goods.classes, market.fleet
-    binding = clearing.path_levels[2][fleet.domain]
     more = np.zeros(caps.size, dtype=np.int64)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for pair in np.flatnonzero(caught_on_a_cliff(clearing) & (fleet.gpus > 0)):
-        groups.setdefault((int(fleet.class_index[pair]), int(binding[pair])), []).append(int(pair))
-    left = may_park.copy()
-    np.subtract.at(left, fleet.class_index, parked // _per_replica(classes)[fleet.class_index])
-    for (number, _), pairs in sorted(groups.items()):
-        each, members = classes[number], np.array(pairs)
+    left = _left(clearing, parked, may_park)
+    for number, members in _groups(clearing, caught_on_a_cliff(clearing)):
+        each = classes[number]
         replicas = fleet.gpus[members] // each.gpus_per_replica
         low, high = each.milliwatts[0], each.milliwatts[1]
         watts = int((fleet.gpus[members] * (caps[members] - low)).sum())
@@ -195,6 +211,61 @@ def _one_round(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntA
             left[number] -= to_park
             more[members] = _share_out(to_park, replicas) * each.gpus_per_replica
     return more
+
+
+def _over_bridges(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntArray:
+    """GPUs to park, by pair, so that the others get over a bridge on which their watts bring little."""
+    market, caps = clearing.market, clearing.caps
+    classes, fleet = market.order.goods.classes, market.fleet
+    more = np.zeros(caps.size, dtype=np.int64)
+    left = _left(clearing, parked, may_park)
+    for number, members in _groups(clearing, _on_bridges(clearing)):
+        each = classes[number]
+        replicas = fleet.gpus[members] // each.gpus_per_replica
+        cap = int(caps[members].min())
+        watts = int((fleet.gpus[members] * (caps[members] - each.milliwatts[0])).sum())
+        count = carried = int(replicas.sum())
+        most = count * each.tokens_at(cap)
+        for end, tokens in zip(each.milliwatts, each.tokens, strict=True):
+            running = watts // (each.gpus_per_replica * (end - each.milliwatts[0])) if end > cap else 0
+            if count - int(left[number]) <= running < count and running * tokens > most:
+                carried, most = running, running * tokens
+        if carried < count:
+            left[number] -= count - carried
+            more[members] = _share_out(count - carried, replicas) * each.gpus_per_replica
+    return more
+
+
+def _groups(clearing: Clearing, which: BoolArray) -> list[tuple[int, IntArray]]:
+    """Of the pairs that are meant: class, and those of it that one domain binds."""
+    fleet = clearing.market.fleet
+    binding = clearing.path_levels[2][fleet.domain]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for pair in np.flatnonzero(which & (fleet.gpus > 0)):
+        groups.setdefault((int(fleet.class_index[pair]), int(binding[pair])), []).append(int(pair))
+    return [(number, np.array(pairs)) for (number, _), pairs in sorted(groups.items())]
+
+
+def _left(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntArray:
+    """Replicas of each class that may still be parked."""
+    fleet = clearing.market.fleet
+    left = may_park.copy()
+    per_replica = _per_replica(clearing.market.order.goods.classes)
+    np.subtract.at(left, fleet.class_index, parked // per_replica[fleet.class_index])
+    return left
+
+
+def _on_bridges(clearing: Clearing) -> BoolArray:
+    """Pairs whose cap is on a bridge, but not on a first stretch."""
+    market = clearing.market
+    classes, fleet, caps = market.order.goods.classes, market.fleet, clearing.caps
+    bridged = np.array([any(map(each.is_chord, range(1, len(each.milliwatts) - 1))) for each in classes])
+    found = np.zeros(caps.size, dtype=np.bool_)
+    for pair in np.flatnonzero(bridged[fleet.class_index]):
+        each, cap = classes[int(fleet.class_index[pair])], int(caps[pair])
+        at = bisect_right(each.milliwatts, cap) - 1
+        found[pair] = 0 < at < len(each.milliwatts) - 1 and cap > each.milliwatts[at] and each.is_chord(at)
+    return found
 
 
 def _per_replica(classes: tuple[PowerClass, ...]) -> IntArray:

@@ -7,6 +7,7 @@ from tests.unit.planning.power import oracle, worlds
 from tokenfactory.planning.power.budgets import Purse, settle
 from tokenfactory.planning.power.goods import PowerClass
 from tokenfactory.planning.power.parking import park
+from tokenfactory.planning.power.profile import hull_of_curve
 from tokenfactory.planning.power.whole import parts
 
 
@@ -148,6 +149,46 @@ def test_what_binds_apart_is_searched_apart():
     assert (plan.clearing.drawn <= limits).all()
     best, bound, _ = best_with_parking(market, limits)
     assert 0.995 * best <= really_made(plan.clearing) <= bound * (1 + 1e-6)
+
+
+def two_knees(seed):
+    """One class with a cliff below each of two knees, in one domain, whose limit lies anywhere below the upper one."""
+    rng = np.random.default_rng(seed)
+    lower = int(rng.integers(300, 420)) * 1000
+    upper = lower + int(rng.integers(80, 250)) * 1000
+    low_tokens = rng.uniform(100, 500)
+    high_tokens = low_tokens * rng.uniform(1.1, 1.6)
+    curve = [
+        (200_000, 0.0),
+        (lower - 1000, 0.05 * low_tokens),
+        (lower, low_tokens),
+        (upper - 1000, 1.02 * low_tokens),
+        (upper, high_tokens),
+        (1_000_000, 1.001 * high_tokens),
+    ]
+    count = int(rng.choice([3, 10, 50, 200]))
+    limit = int(8 * count * (200_000 + (upper - 200_000) * rng.uniform(0.2, 1.05)))
+    return curve, count, limit
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_between_two_knees_fewer_replicas_run_at_the_upper_one(seed):
+    """Against every number of running replicas, each with all the watts that are left to it."""
+    curve, count, limit = two_knees(seed)
+    each = hull_of_curve(curve, None).to_class("m", band=1, gpus_per_replica=8)
+    goods, forest = worlds.gather_goods((each,)), worlds.plant(np.array([-1], dtype=np.int64))
+    zero = np.zeros(1, dtype=np.int64)
+    fleet = worlds.muster(forest, zero, zero, 1, np.array([8 * count]))
+    market = worlds.Market(forest, worlds.put_in_order(goods), fleet, zero)
+    plan = park(market.clear(np.array([limit], dtype=np.int64)))
+    assert (plan.clearing.drawn <= limit).all()
+
+    def makes(running):
+        cap = (limit - 8 * (count - running) * 200_000) // (8 * running)
+        return 8 * running * max((tokens for watts, tokens in curve if watts <= cap), default=0.0)
+
+    best = max(makes(running) for running in range(1, count + 1))
+    assert really_made(plan.clearing) >= 0.995 * best
 
 
 def small(min_replicas=0, floor=0, tokens=(0.0, 10.0), curve=()):
