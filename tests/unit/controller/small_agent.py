@@ -98,7 +98,14 @@ class Agent:
                 AppliedEpoch(domain=name, epoch=epoch) for name, epoch in sorted(said.applied.items())
             ),
             gpus=tuple(
-                _gpu_status(index, uuid, limit, holding.get(uuid), uids.get(uuid, ""))
+                _gpu_status(
+                    index,
+                    uuid,
+                    limit,
+                    holding.get(uuid),
+                    uids.get(uuid, ""),
+                    decision.caps[uuid].reason.class_name if uuid in decision.caps else "",
+                )
                 for index, (uuid, limit) in enumerate(enforced.items())
             ),
             overhead_milliwatts=self.overhead_milliwatts,
@@ -132,7 +139,7 @@ def _uids(node: GPUNode, holding: Mapping[str, Pod]) -> dict[str, str]:
     }
 
 
-def _gpu_status(index: int, uuid: str, limit: int, pod: Pod | None, uid: str) -> GPUStatus:
+def _gpu_status(index: int, uuid: str, limit: int, pod: Pod | None, uid: str, class_name: str) -> GPUStatus:
     return GPUStatus(
         index=index,
         uuid=uuid,
@@ -141,6 +148,7 @@ def _gpu_status(index: int, uuid: str, limit: int, pod: Pod | None, uid: str) ->
         max_milliwatts=MAX_MILLIWATTS,
         default_milliwatts=MAX_MILLIWATTS,
         enforced_milliwatts=limit,
+        class_name=class_name,
         pod=f"{pod.metadata.namespace}/{pod.metadata.name}" if pod else "",
         pod_uid="" if uid.startswith("?") else uid,
     )

@@ -13,6 +13,7 @@ from tokenfactory.api.quantities import Milliwatts, parse_power_or_percent
 from tokenfactory.api.token_factory import Incident, ModelSpec, ModelStatus, TokenFactory, TokenFactoryStatus
 from tokenfactory.controller.actions import Action, Tell, WriteStatus
 from tokenfactory.controller.plan.books import Books
+from tokenfactory.controller.plan.explaining import model_bound_by
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.recovering import Recovered
 from tokenfactory.controller.plan.status import (
@@ -28,7 +29,6 @@ from tokenfactory.controller.plan.status import (
 from tokenfactory.controller.plan.verdicts import FactoryFacts, domain_verdicts, factory_verdicts
 from tokenfactory.controller.plan.world import Replica, World, whole
 from tokenfactory.kube.resources import key_of
-from tokenfactory.planning.power.explain import explain
 
 Owner = tuple[str, str, str]
 MOST_WAITING: Final = 16
@@ -217,29 +217,12 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
         tokens_per_joule=steady(before.tokens_per_joule, decimal(per_joule) if per_joule else ""),
         charge=watts(books.ledger.owner_charge(owner)),
         cap=cap_range(caps),
-        bound_by=_bound_by(books, owner),
+        bound_by=model_bound_by(books, owner)[:253],
     )
 
 
 def _owner(factory: TokenFactory, model: ModelSpec) -> Owner:
     return (factory.metadata.namespace or "", factory.metadata.name, model.name)
-
-
-def _bound_by(books: Books, owner: Owner) -> str:
-    """What binds it where its cap is lowest."""
-    if books.cleared is None:
-        return ""
-    settled, supply = books.cleared.settled, books.cleared.supply
-    places = books.world.standing.get(owner, frozenset())
-    found = [
-        explain(settled.clearing, domain, name, settled.adders)
-        for domain, label in sorted(places)
-        if (name := supply.class_name(domain, label)) is not None
-    ]
-    if not found:
-        return ""
-    lowest = min(found, key=lambda each: (each.cap_milliwatts, each.domain))
-    return lowest.message[:253]
 
 
 def _budget(books: Books, factory: TokenFactory) -> int:

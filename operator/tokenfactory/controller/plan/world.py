@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tokenfactory.api import names
-from tokenfactory.api.gpu_node import GPUNode, PodGrant, PodMeter
+from tokenfactory.api.gpu_node import GPUNode, GPUStatus, PodGrant, PodMeter
 from tokenfactory.api.quantities import parse_duration
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.waiting import gpus_of, unwaiting
@@ -180,6 +180,17 @@ class World:
             for gpu in host.held.status.gpus if host.held else ():
                 found.setdefault(gpu.class_name, set()).add(gpu.enforced_milliwatts)
         return {label: frozenset(limits) for label, limits in found.items()}
+
+    @cached_property
+    def lowest(self) -> Mapping[str, tuple[GpuHost, GPUStatus]]:
+        """Class → the GPU of it that read back the lowest limit."""
+        found: dict[str, tuple[GpuHost, GPUStatus]] = {}
+        for host in self.hosts.values():
+            for gpu in host.held.status.gpus if host.held else ():
+                known = found.get(gpu.class_name)
+                if known is None or gpu.enforced_milliwatts < known[1].enforced_milliwatts:
+                    found[gpu.class_name] = host, gpu
+        return found
 
     @cached_property
     def standing(self) -> Mapping[tuple[str, str, str], frozenset[tuple[str, str]]]:

@@ -45,6 +45,11 @@ def explain(
     said = _Words(each, domain, cap)
     purses = [name for name, a in (adders or {}).items() if a.members[number]]
     everything = int(order.caps[number, -1])
+    short = [place for place in forest.path(position) if clearing.budget[place] < 0]
+    if short and cap <= int(order.caps[number, 0]):
+        # Also where the minimum is all that a class can use: there it has it for want of less.
+        worst = min(short, key=lambda place: (clearing.budget[place], place))
+        return said.minimum(forest.names[worst], -int(clearing.budget[worst]))
     if cap >= everything:
         useful = _useful(each)
         if everything < useful and purses:
@@ -56,10 +61,7 @@ def explain(
     stage = int(order.cell_stage[min(cell, order.cells - 1)])
     band = goods.band_of_stage(stage)
     price = float(order.cell_ticks[min(cell, order.cells - 1)]) * goods.value_per_tick * 1000
-    name = forest.names[binding]
-    if clearing.budget[binding] < 0:
-        return said.minimum(name, -int(clearing.budget[binding]))
-    return said.domain(name, band, price, purses, for_slo=goods.is_floor_stage(stage))
+    return said.domain(forest.names[binding], band, price, purses, for_slo=goods.is_floor_stage(stage))
 
 
 def _useful(each: PowerClass) -> int:
@@ -67,24 +69,6 @@ def _useful(each: PowerClass) -> int:
     best = max(each.values)
     first = next(w for w, v in zip(each.milliwatts, each.values, strict=True) if v >= best)
     return max(first, each.milliwatts[each.floor])
-
-
-def explain_gpu(
-    clearing: Clearing,
-    node: str,
-    gpu: int,
-    *,
-    domain_of: Mapping[str, str],
-    classes_of: Mapping[str, tuple[str, ...]],
-    adders: Mapping[str, Adder] | None = None,
-) -> Explanation | None:
-    """The same for one GPU of one node; None for a GPU that is on no market (unknown node, index or class)."""
-    domain, classes = domain_of.get(node), classes_of.get(node, ())
-    if domain not in clearing.market.forest.index or not 0 <= gpu < len(classes):
-        return None
-    if classes[gpu] not in clearing.market.order.goods.index:
-        return None
-    return explain(clearing, domain or "", classes[gpu], adders)
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,17 +202,17 @@ class TestExplain:
         assert found.bound == "Minimum"
         assert "100 W" in found.message
 
-    def test_one_gpu_of_one_node(self):
-        found = explain.explain_gpu(
-            hall(7000), "node-1", 1, domain_of={"node-1": "hall"}, classes_of={"node-1": ("high", "low")}
+    def test_a_class_that_can_use_no_more_than_its_minimum_is_held_at_it_all_the_same(self):
+        idle = PowerClass("idle", 0, (100 * W,), (0.0,))
+        goods = worlds.gather_goods((idle,))
+        forest = worlds.plant(np.array([-1], dtype=np.int64), ("hall",))
+        zero = np.zeros(1, dtype=np.int64)
+        market = worlds.Market(
+            forest, worlds.put_in_order(goods), worlds.muster(forest, zero, zero, 1, np.array([10])), zero
         )
-        assert found is not None
-        assert found.class_name == "low"
-        for node, gpu in (("node-1", 2), ("node-2", 0)):
-            assert (
-                explain.explain_gpu(hall(7000), node, gpu, domain_of={"node-1": "hall"}, classes_of={})
-                is None
-            )
+        found = explain.explain(market.clear(np.array([900 * W])), "hall", "idle")
+        assert (found.bound, found.bound_by) == ("Minimum", "hall")
+        assert explain.explain(market.clear(np.array([1000 * W])), "hall", "idle").bound == "Nothing"
 
     @pytest.mark.parametrize(
         ("limit_watts", "reason"), [(3900, "FloorsDoNotFit"), (1999, "MinimumDoesNotFit")]
