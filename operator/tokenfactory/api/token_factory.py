@@ -219,7 +219,9 @@ class CheckpointPolicy(Api, frozen=True, kw_only=True):
     keep: Annotated[int, Meta(ge=1, le=100, description="How many are kept; the last good one always.")] = 3
     claim: Annotated[
         ObjectName | None,
-        Meta(description="PersistentVolumeClaim that holds them; absent: each node's own disk."),
+        Meta(
+            description="PersistentVolumeClaim that holds them; absent: none, the cache is gone with its pod."
+        ),
     ] = None
 
 

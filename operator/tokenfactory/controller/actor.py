@@ -28,6 +28,7 @@ from tokenfactory.controller.owning import Taken, in_words, whose
 from tokenfactory.controller.unsettled import Unsettled, touched
 from tokenfactory.kube.apply import Precondition, Refused, Unchanged, Writer, Written
 from tokenfactory.kube.client import MERGE, Client, Guard
+from tokenfactory.kube.constraints import Expression, NodeSelectorTerm
 from tokenfactory.kube.errors import ApiError, ConflictError, NotFoundError, UnreachableError
 from tokenfactory.kube.events import Recorder
 from tokenfactory.kube.objects import Node, Pod
@@ -218,7 +219,7 @@ class Actor:
     async def _open(self, action: act.OpenGate) -> Written[Any] | Refused:
         """Narrow the affinity, leave the checkpoint's name, remove our gate: one write, over one version."""
         pod = action.pod
-        terms = [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": [action.node]}]}]
+        terms = narrowed(pod, action.node)
         affinity = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
         gates = [{"name": gate.name} for gate in pod.spec.scheduling_gates if gate.name != names.GATE]
         body: dict[str, Any] = {
@@ -254,6 +255,17 @@ class Actor:
 
     def _tell(self, event: act.Tell) -> None:
         self._recorder.event(event.about, event.reason, event.message, type=event.type)
+
+
+def narrowed(pod: Pod, node: str) -> list[Any]:
+    """Its node affinity, as some webhook may have written it, and only that node. A term may only be added to."""
+    held = pod.spec.affinity.node_affinity.terms if pod.spec.affinity else ()
+    only = Expression(key="metadata.name", operator="In", values=(node,))
+    narrow = [
+        msgspec.structs.replace(term, match_fields=(*term.match_fields, only))
+        for term in held or (NodeSelectorTerm(),)
+    ]
+    return [msgspec.to_builtins(term) for term in narrow]
 
 
 def _raises(action: act.Action) -> bool:

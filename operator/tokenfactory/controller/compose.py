@@ -74,7 +74,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     staffing = staff(world, memory.replicas, readings)
     energy = account(world, grid, memory.energy)
     replanned = replan(world, memory.refusals)
-    choice = choose(world, grid, ledger, replanned.refusals)
+    choice = choose(world, grid, ledger, replanned.refusals, memory.asked)
     coming = [
         Coming(
             wish.node,
@@ -136,6 +136,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         watches=watches,
         reports=reports,
         clock=clock,
+        asked=choice.asked,
         ledger=ledger,
     )
     return Composed(plan, books, remembered)

@@ -32,6 +32,7 @@ from tokenfactory.kube.listing import Listing
 from tokenfactory.kube.objects import Lease, Namespace, Node, Pod
 from tokenfactory.kube.resources import Key, collection_path
 from tokenfactory.kube.times import boot_seconds
+from tokenfactory.kube.volumes import PersistentVolume, PersistentVolumeClaim
 
 log = logging.getLogger(__name__)
 _GROUPS_SECONDS = 10.0
@@ -70,6 +71,8 @@ class Observer:
         self.deployments = Cache(client, Deployment, label_selector=names.FACTORY_LABEL)
         self.services = Cache(client, Service, label_selector=names.FACTORY_LABEL)
         self.namespaces = Cache(client, Namespace)
+        self.claims = Cache(client, PersistentVolumeClaim)
+        self.volumes = Cache(client, PersistentVolume)
         self.leader_worker_sets: Cache[LeaderWorkerSet] | None = None
         self.leases = Cache(client, Lease, namespace=namespace)
         self.heartbeats = Heartbeats(self.leases)
@@ -81,6 +84,8 @@ class Observer:
             self.deployments,
             self.services,
             self.namespaces,
+            self.claims,
+            self.volumes,
         )
         self._listed = asyncio.Event()
         for cache in self._caches:
@@ -193,6 +198,8 @@ class Observer:
             if self.leader_worker_sets is not None
             else None,
             namespaces=self.namespaces.snapshot().objects,
+            claims=self.claims.snapshot().objects,
+            volumes=self.volumes.snapshot().objects,
             silent_seconds=silent,
             unsettled=unsettled.still(self.version_of),
             taken=taken.at(milliseconds),

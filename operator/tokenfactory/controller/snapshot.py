@@ -17,6 +17,7 @@ from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.controller.owning import TakenName
 from tokenfactory.kube.objects import Namespace, Node, Pod
 from tokenfactory.kube.resources import Key
+from tokenfactory.kube.volumes import PersistentVolume, PersistentVolumeClaim
 
 _CHARGING: Final = frozenset({PowerDomain.KIND, CapSheet.KIND, GPUNode.KIND, Node.KIND, Pod.KIND})
 
@@ -51,6 +52,8 @@ class Snapshot:
     leader_worker_sets: Mapping[Key, LeaderWorkerSet] | None = None
     """None: their CRD is not installed, or we may not read them."""
     namespaces: Mapping[Key, Namespace] = field(default_factory=dict)
+    claims: Mapping[Key, PersistentVolumeClaim] = field(default_factory=dict)
+    volumes: Mapping[Key, PersistentVolume] = field(default_factory=dict)
     silent_seconds: Mapping[str, float] = field(default_factory=dict)
     """By node: how long its agent has been silent, on our own clock; absent: it never had one."""
     unsettled: frozenset[tuple[str, str]] = frozenset()

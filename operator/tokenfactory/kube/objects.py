@@ -7,11 +7,13 @@ pods its rounds would be a quarter of the cost of an event.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import ClassVar
 
 import msgspec
 
 from tokenfactory.api.meta import Api, Resource
+from tokenfactory.kube.constraints import Affinity, PodToleration, PodVolume, SpreadConstraint
 
 
 class ObjectRef(Api, frozen=True, kw_only=True, gc=False):
@@ -88,14 +90,35 @@ class InitContainer(Api, frozen=True, kw_only=True, gc=False):
     resources: ResourceRequirements = ResourceRequirements()
 
 
+@lru_cache(maxsize=4096)
+def _shared_tolerations(tolerations: tuple[PodToleration, ...]) -> tuple[PodToleration, ...]:
+    return tolerations
+
+
 class PodSpec(Api, frozen=True, kw_only=True, gc=False):
     node_name: str = ""
     scheduling_gates: tuple[SchedulingGate, ...] = ()
     init_containers: tuple[InitContainer, ...] = ()
     containers: tuple[Container, ...] = ()
+    resources: ResourceRequirements = ResourceRequirements()
+    """Of the pod as a whole, where somebody said so; else its containers' sum."""
+    overhead: dict[str, str] = {}
     node_selector: dict[str, str] = {}
+    affinity: Affinity | None = None
+    tolerations: tuple[PodToleration, ...] = ()
+    topology_spread_constraints: tuple[SpreadConstraint, ...] = ()
+    volumes: tuple[PodVolume, ...] = ()
+    """Only those that are claims."""
     priority: int = 0
     termination_grace_period_seconds: int = 30
+
+    def __post_init__(self) -> None:
+        """Of ten thousand pods nearly all tolerate the same, and few of their volumes are claims."""
+        if self.tolerations:
+            msgspec.structs.force_setattr(self, "tolerations", _shared_tolerations(self.tolerations))
+        if self.volumes:
+            claims = tuple(volume for volume in self.volumes if volume.persistent_volume_claim)
+            msgspec.structs.force_setattr(self, "volumes", claims)
 
 
 class TerminatedState(Api, frozen=True, kw_only=True, gc=False):
@@ -120,6 +143,8 @@ class PodStatus(Api, frozen=True, kw_only=True, gc=False):
     reason: str = ""
     message: str = ""
     pod_ip: str = msgspec.field(name="podIP", default="")
+    nominated_node_name: str = ""
+    """Where others were evicted for it, and it is not bound yet."""
     start_time: str | None = None
     conditions: tuple[KubeCondition, ...] = ()
     container_statuses: tuple[ContainerStatus, ...] = ()
@@ -162,14 +187,29 @@ class NodeAddress(Api, frozen=True, kw_only=True, gc=False):
     address: str = ""
 
 
+class NodeImage(Api, frozen=True, kw_only=True, gc=False):
+    names: tuple[str, ...] = ()
+
+
+_shared_image = lru_cache(maxsize=1 << 16)(NodeImage)
+"""Thousands of nodes name the same images, fifty each: every name is held once."""
+
+
 class NodeStatus(Api, frozen=True, kw_only=True, gc=False):
     allocatable: dict[str, str] = {}
     capacity: dict[str, str] = {}
     conditions: tuple[KubeCondition, ...] = ()
     addresses: tuple[NodeAddress, ...] = ()
     node_info: NodeInfo = NodeInfo()
+    images: tuple[NodeImage, ...] = ()
+    """That lie on its disk, largest first; a kubelet names 50 unless it is told otherwise."""
     declared_features: tuple[str, ...] = ()
     """What its kubelet can do besides what all can: pods that need one of these are bound to no other node."""
+
+    def __post_init__(self) -> None:
+        if self.images:
+            shared = tuple(_shared_image(names=image.names) for image in self.images)
+            msgspec.structs.force_setattr(self, "images", shared)
 
 
 class Node(Resource, frozen=True, kw_only=True, gc=False):

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 Object = dict[str, Any]
 _AT_ONCE = 32
 """Requests on their way for the nodes themselves."""
+_IMAGES_NAMED = 50
+"""As many as a kubelet names unless it is told otherwise."""
 
 
 class HollowPod(Resource, frozen=True, kw_only=True):
@@ -58,6 +60,8 @@ class HollowNode:
     """Tells PodResources who holds what."""
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """GPUs by pod UID."""
+    images: list[str] = field(default_factory=list)
+    """Pulled for some pod, the last one first."""
     alive: bool = True
 
     def allocate(self, uid: str, count: int) -> tuple[str, ...]:
@@ -283,6 +287,7 @@ class HollowKubelet:
         uid = pod.metadata.uid or ""
         gpus = node.allocate(uid, _gpus_asked(pod))
         self._publish(node)
+        await self._pull(node, pod)
         running.ip = self._next_pod_address()
         await self._bring_up(running, gpus)
 
@@ -306,6 +311,17 @@ class HollowKubelet:
         )
         await running.nim.start(running.ip, names.NIM_PORT)
         await self._patch_status(pod, running_status(pod, containers.statuses, common))
+
+    async def _pull(self, node: HollowNode, pod: HollowPod) -> None:
+        """Images stay on a node's disk when their pods have gone, and the node says which there are."""
+        wanted = [each["image"] for each in pod.spec.get("containers", []) if each.get("image")]
+        if set(wanted) <= set(node.images):
+            return
+        node.images = list(dict.fromkeys([*wanted, *node.images]))[:_IMAGES_NAMED]
+        body = {"status": {"images": [{"names": [image], "sizeBytes": 1 << 30} for image in node.images]}}
+        with contextlib.suppress(ApiError):
+            path = f"/api/v1/nodes/{node.name}/status"
+            await self._client.request("PATCH", path, body=body, content_type=MERGE, repeatable=True)
 
     async def _stop(self, running: RunningPod) -> None:
         pod, node = running.pod, running.node

@@ -112,18 +112,21 @@ async def test_somebody_elses_pods_on_gpus_are_charged_and_kept_clear_of(scene: 
     await scene.ready()
 
 
-async def test_what_kube_scheduler_does_not_bind_is_placed_elsewhere(scene: Scene):
-    """It knows of processors and ports, and we do not; an opened pod cannot be given another node."""
+async def test_a_replica_goes_where_processors_are_left_at_the_first_try(scene: Scene):
     await cores(scene, "1m")
     try:
         await scene.apply(scene.factory(model(replicas=2)))
         await scene.ready()
         assert {pod["spec"]["nodeName"] for pod in await scene.serving(2)} <= {"gpu-3", "gpu-4"}
-        told = [event["note"] for event in await scene.said("Pod") if event["reason"] == "Replaced"]
-        assert any("kube-scheduler does not bind it" in note and "Insufficient cpu" in note for note in told)
-        charged = await scene.site.get("gn")
-        pods = {node["metadata"]["name"]: node["spec"].get("pods", []) for node in charged["items"]}
-        assert not any(pods[name] for name in ("gpu-1", "gpu-2")), "their watts are given back"
+        await scene.apply(scene.factory(model(replicas=5)))
+
+        async def told() -> bool:
+            return "2 without 10m cpu free (gpu-1 has 1m)" in (await scene.verdict("Ready")).get(
+                "message", ""
+            )
+
+        await scene.until("people to be told which node lacks what", told)
+        assert "Replaced" not in {event["reason"] for event in await scene.said("Pod")}
     finally:
         await cores(scene, "64")
 
@@ -187,6 +190,88 @@ async def test_what_is_not_the_factorys_is_never_touched_and_what_it_left_is_tak
 async def deployment(scene: Scene, name: str) -> dict[str, Any]:
     found: dict[str, Any] = await scene.site.get("deploy", name, namespace=scene.namespace)
     return found
+
+
+LOCAL_DISK = """
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {name: local-%(namespace)s}
+provisioner: kubernetes.io/no-provisioner
+volumeBindingMode: WaitForFirstConsumer
+---
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: disk-%(namespace)s}
+spec:
+  storageClassName: local-%(namespace)s
+  capacity: {storage: 100Gi}
+  accessModes: [ReadWriteOnce]
+  local: {path: /disk}
+  nodeAffinity:
+    required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [gpu-3]}]}]}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: model-cache, namespace: %(namespace)s}
+spec:
+  storageClassName: local-%(namespace)s
+  accessModes: [ReadWriteOnce]
+  resources: {requests: {storage: 100Gi}}
+"""
+
+
+async def test_what_kube_scheduler_does_not_bind_is_placed_elsewhere(scene: Scene):
+    """It knows which unbound volume would fit, and we do not; an opened pod cannot be given another node."""
+    nodes = ("gpu-2", "gpu-4")
+    await scene.apply(LOCAL_DISK % {"namespace": scene.namespace})
+    await scene.kubectl("cordon", *nodes)
+    try:
+        await scene.apply(scene.factory(model(replicas=1) + "\n    checkpoint: {claim: model-cache}"))
+        await scene.ready()
+        assert [pod["spec"]["nodeName"] for pod in await scene.serving(1)] == ["gpu-3"]
+        told = await refusals_told(scene)
+        assert any(
+            "kube-scheduler does not bind it to gpu-1" in note and "persistent volume" in note
+            for note in told
+        )
+        charged = await scene.site.get("gn")
+        pods = {node["metadata"]["name"]: node["spec"].get("pods", []) for node in charged["items"]}
+        assert not pods["gpu-1"], "its watts are given back"
+        # Now the volume is bound, and we know where it is.
+        await scene.kubectl("uncordon", *nodes)
+        before = {pod["metadata"]["uid"] for pod in await scene.replicas()}
+        await scene.mine("delete", "pod", "--all")
+
+        async def again() -> bool:
+            now = await scene.replicas()
+            return len(now) == 1 and now[0]["metadata"]["uid"] not in before
+
+        await scene.until("its successor to serve", again)
+        assert [pod["spec"]["nodeName"] for pod in await scene.replicas()] == ["gpu-3"]
+        assert len(await refusals_told(scene)) == len(told)
+    finally:
+        await scene.kubectl("uncordon", *nodes)
+
+
+async def refusals_told(scene: Scene) -> list[str]:
+    return [event["note"] for event in await scene.said("Pod") if event["reason"] == "Replaced"]
+
+
+async def test_the_second_start_of_a_model_prefers_the_node_that_has_its_image(scene: Scene):
+    """All else is equal: without it, the first node of the four would get both."""
+    rest = ("gpu-1", "gpu-2", "gpu-4")
+    once = scene.factory(model(replicas=1, image="2.0.0"))
+    await scene.kubectl("cordon", *rest)
+    try:
+        await scene.apply(once)
+        await scene.ready()
+    finally:
+        await scene.kubectl("uncordon", *rest)
+    await scene.mine("delete", "tf", "chat", "--timeout=60s")
+    await scene.until("it to be gone", scene.empty)
+    await scene.apply(once)
+    await scene.ready()
+    assert [pod["spec"]["nodeName"] for pod in await scene.serving(1)] == ["gpu-3"]
 
 
 async def cores(scene: Scene, count: str) -> None:

@@ -49,7 +49,7 @@ class Agent:
         free = [self.uuid(index) for index in range(self.gpus)]
         for pod in sorted(pods, key=lambda pod: pod.metadata.name):
             if pod.spec.node_name == self.name:
-                for _ in range(int(pod.spec.containers[0].resources.limits[names.GPU_RESOURCE])):
+                for _ in range(int(pod.spec.containers[0].resources.limits.get(names.GPU_RESOURCE, 0))):
                     found[free.pop(0)] = pod
         return found
 

@@ -7,6 +7,7 @@ import msgspec
 import yaml
 from tests.unit.controller.manifests import Manifest
 
+from tokenfactory.api import names
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.meta import ObjectMeta
@@ -15,6 +16,7 @@ from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.kube.objects import Namespace, Node, Pod
+from tokenfactory.kube.volumes import PersistentVolume, PersistentVolumeClaim
 
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 KINDS = (
@@ -29,6 +31,8 @@ KINDS = (
     LeaderWorkerSet,
     Service,
     Namespace,
+    PersistentVolumeClaim,
+    PersistentVolume,
 )
 APPLIED = {kind.KIND: kind for kind in (PowerDomain, PowerProfile, TokenFactory)}
 
@@ -55,6 +59,17 @@ class SmallApi:
 
     def label_namespace(self, name: str, **labels: str) -> None:
         self.put(Namespace(metadata=ObjectMeta(name=name, labels=labels)))
+
+    def claim(
+        self, name: str = "model-cache", modes: tuple[str, ...] = ("ReadWriteMany",), node: str = ""
+    ) -> None:
+        """A claim, bound to a volume that every node reaches, or only this one."""
+        said = {"volumeName": f"pv-{name}", "accessModes": modes}
+        held = {"metadata": {"name": name, "namespace": "inference"}, "spec": said}
+        terms = [{"matchExpressions": [{"key": names.HOSTNAME_LABEL, "operator": "In", "values": [node]}]}]
+        reach = {"nodeAffinity": {"required": {"nodeSelectorTerms": terms}}} if node else {}
+        self.put(msgspec.convert(held, PersistentVolumeClaim))
+        self.put(msgspec.convert({"metadata": {"name": f"pv-{name}"}, "spec": reach}, PersistentVolume))
 
     def delete_factory(self, namespace: str, name: str) -> None:
         """And what the garbage collector takes with it."""

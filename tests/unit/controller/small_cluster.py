@@ -31,6 +31,8 @@ class SmallCluster(SmallApi):
         """Whether LeaderWorkerSets are installed."""
         self.refusing: dict[str, str] = {}
         """Nodes that kube-scheduler does not bind to, and why."""
+        self.webhook: Callable[[Pod], Pod] = lambda pod: pod
+        """What somebody's admission makes of a pod that a Deployment creates."""
         self.lingering: set[str | None] = set()
         """UIDs of pods that take their time to end."""
         self.renewals = 0
@@ -136,7 +138,7 @@ class SmallCluster(SmallApi):
             "labels": template["metadata"]["labels"],
             "annotations": {TEMPLATE: mark},
         }
-        return self.put(msgspec.convert({"metadata": meta, "spec": template["spec"]}, Pod))
+        return self.put(self.webhook(msgspec.convert({"metadata": meta, "spec": template["spec"]}, Pod)))
 
     def delete_pod(self, pod: Pod) -> None:
         """A pod on a live node ends; one on a dead node stays as it is, marked."""
@@ -168,7 +170,7 @@ class SmallCluster(SmallApi):
                     continue
                 del self.objects[Pod][key_of(pod)]
                 continue
-            if _serves(pod):
+            if _serves(pod) or pod.status.phase in {"Succeeded", "Failed"}:
                 continue
             status = PodStatus(phase="Running", pod_ip="10.0.0.1", conditions=ready)
             self.put(msgspec.structs.replace(pod, status=status))

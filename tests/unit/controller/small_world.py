@@ -30,6 +30,7 @@ from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.controller.snapshot import Leadership, Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
 from tokenfactory.kube.objects import Namespace, Node, Pod, Taint
+from tokenfactory.kube.volumes import PersistentVolume, PersistentVolumeClaim
 
 __all__ = ["H100", "OPTIONS", "Agent", "SmallWorld"]
 OPTIONS = Options(workloads=WorkloadOptions(image="tokenfactory:test"))
@@ -110,6 +111,8 @@ class SmallWorld(SmallCluster):
             taken=self.taken.at(self.milliseconds),
             leader_worker_sets=self._labelled(LeaderWorkerSet) if self.has_groups else None,
             namespaces=dict(self.objects[Namespace]),
+            claims=dict(self.objects[PersistentVolumeClaim]),
+            volumes=dict(self.objects[PersistentVolume]),
             silent_seconds={
                 name: (self.now - agent.heard_at).total_seconds() for name, agent in self.agents.items()
             },

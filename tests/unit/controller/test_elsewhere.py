@@ -12,7 +12,7 @@ from tokenfactory.api.gpu_node import Fence, GPUNode, GPUNodeSpec, GPUNodeStatus
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.api.token_factory import Incident, TokenFactory
 from tokenfactory.controller import actions as act
-from tokenfactory.controller.plan.choosing import free_gpus
+from tokenfactory.controller.plan.candidates import free_gpus
 from tokenfactory.controller.plan.quarantining import health_of
 from tokenfactory.controller.plan.world import GpuHost, World, see
 from tokenfactory.kube.objects import Container, Node, NodeStatus, Pod, PodSpec, ResourceRequirements
@@ -69,10 +69,14 @@ def test_a_short_refusal_is_waited_for():
 
 def test_when_every_node_is_refused_people_are_told_and_later_it_is_tried_again():
     world = site(1)
-    world.refusing = {"n0": "0/1 nodes are available: 1 Insufficient cpu"}
+    world.refusing = {
+        "n0": "0/9 nodes are available: 1 node(s) had no free host ports, 8 node(s) didn't match Pod's node "
+        "affinity/selector. preemption: 0/9 nodes are available: 9 Preemption is not helpful for scheduling."
+    }
     world.rounds(40)
     ready = {c.type: c for c in world.objects[TokenFactory]["inference", "chat"].status.conditions}["Ready"]
     assert (ready.status, ready.reason) == ("False", "NodesRefused")
+    assert ready.message.endswith("1 refused before by kube-scheduler (1 node(s) had no free host ports)")
     world.refusing = {}
     world.rounds(400)
     assert len(world.ready_pods()) == 2

@@ -96,6 +96,7 @@ def site() -> SmallWorld:
     world = SmallWorld()
     for name, where in NODES.items():
         world.add_node(name, gpus=4, rack=where)
+    world.claim()
     make_ample(world)
     return world
 

@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from tokenfactory.api import names
+import msgspec
+
 from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.controller.plan.admitting import refusals
+from tokenfactory.controller.plan.at_hand import loads
+from tokenfactory.controller.plan.beside import Rules, beside
+from tokenfactory.controller.plan.candidates import DOMAIN, Site
 from tokenfactory.controller.plan.classes import REASON as TOO_MANY
 from tokenfactory.controller.plan.classes import Classes
+from tokenfactory.controller.plan.demands import Claims, affinity_of, claims_of, tolerations_of
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.hulls import model_hull, worthwhile
+from tokenfactory.controller.plan.leftovers import NOTHING_KNOWN, Known
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.profiles import gpu_range
-from tokenfactory.controller.plan.quarantining import health_of
 from tokenfactory.controller.plan.refusing import Refusals, Slot
 from tokenfactory.controller.plan.rooms import Rooms, Wanted
-from tokenfactory.controller.plan.world import GpuHost, Replica, World, gpus_asked
+from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.controller.workloads import RESTART_FEATURE, asks_for_rule
 from tokenfactory.kube.resources import key_of
-from tokenfactory.planning.placement.inputs import (
-    NodeCandidate,
-    Offer,
-    PodRequest,
-    Snapshot,
-    Taint,
-    Toleration,
-)
+from tokenfactory.planning.placement.inputs import Offer, PodRequest, Snapshot
 from tokenfactory.planning.placement.plan import plan_placement
 from tokenfactory.planning.power.ledger import Ledger
 
 _EFFORT = 64
 """How long to look for something better than the greedy answer: a round must end soon, and another one comes."""
-_DOMAIN = "power domain "
-"""Before a domain's name: a label that only placement sees, so that a factory's domain is one more selector."""
-_FAILURE_LABELS = ("topology.kubernetes.io/zone", "topology.tokenfactory.dev/rack")
 
 
 @dataclass(frozen=True)
 class Choice:
     wishes: tuple[Wish, ...]
     unplaced: tuple[Unplaced, ...]
+    asked: Known = field(default_factory=dict)
+    """What pods ask, for the next round."""
 
 
-def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choice:
+def choose(
+    world: World, grid: Grid, ledger: Ledger, refused: Refusals, asked: Known = NOTHING_KNOWN
+) -> Choice:
     """Every gated replica that is not charged anywhere yet."""
     waiting = {
         f"{replica.pod.metadata.namespace}/{replica.name}": replica
@@ -52,52 +51,73 @@ def choose(world: World, grid: Grid, ledger: Ledger, refused: Refusals) -> Choic
         if replica.gated and not replica.terminating and replica.uid not in world.granted_on
     }
     gathering = _gathering(world)
-    incomplete = [
-        Unplaced(replica, "GroupIncomplete", gathering[replica.group])
-        for replica in waiting.values()
-        if replica.group in gathering
+    claims = {name: claims_of(world, replica.pod) for name, replica in waiting.items()}
+    stopped = [
+        Unplaced(replica, *why)
+        for name, replica in waiting.items()
+        if (why := _cannot_begin(claims[name], replica, gathering))
     ]
-    waiting = {name: replica for name, replica in waiting.items() if replica.group not in gathering}
+    held_back = {each.replica.uid for each in stopped}
+    waiting = {name: replica for name, replica in waiting.items() if replica.uid not in held_back}
     if not waiting:
-        return Choice((), tuple(incomplete))
+        return Choice((), tuple(stopped), asked)
     ranges = gpu_range(world)
     # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
     rooms = Rooms(world, grid, ledger, ranges)
-    grouped = any(replica.group for replica in waiting.values())
-    health = health_of(world)
-    local = _on_disk(world)
-    candidates = tuple(
-        _candidate(
-            world,
-            grid,
-            host,
-            grouped=grouped,
-            health=health.get(host.name, 1.0),
-            cached=local.get(host.name, frozenset()),
-            mute=host.name in refused.mute,
-        )
-        for host in world.hosts.values()
-        if host.held and host.product
+    site = Site(world, grid, tuple(waiting.values()), asked, refused.mute)
+    between = beside(
+        world, [(replica.pod, claims[name].shared) for name, replica in waiting.items()], site.standing
     )
     classes = Classes(world, grid, ledger)
-    alike: dict[tuple[Slot, frozenset[str]], PodRequest | str] = {}
+    alike: dict[tuple[Slot, bytes], PodRequest | str] = {}
     pods = []
     for name, replica in sorted(waiting.items()):
-        slot, features = (key_of(replica.factory), replica.model.name), _features(replica)
-        if (slot, features) not in alike:
-            asked = rooms.refuse(_request(world, grid, name, replica, ranges), replica)
-            asked = replace(asked, not_on=refused.nodes(slot), features=features)
-            alike[slot, features] = classes.refuse(asked, replica)
-        like = alike[slot, features]
-        if isinstance(like, str):
-            incomplete.append(Unplaced(replica, TOO_MANY, like))
+        slot = key_of(replica.factory), replica.model.name
+        kind = slot, msgspec.json.encode(replica.pod.spec)
+        if kind not in alike:
+            like = rooms.refuse(_request(world, grid, name, replica, ranges), replica)
+            like = replace(
+                like,
+                not_on=refused.nodes(slot),
+                volumes=claims[name].volumes,
+                resources=site.known[replica.uid][1],
+            )
+            alike[kind] = classes.refuse(like, replica)
+        found = alike[kind]
+        if isinstance(found, str):
+            stopped.append(Unplaced(replica, TOO_MANY, found))
         else:
-            pods.append(replace(like, name=name, gang=replica.group))
-    plan = plan_placement(Snapshot(candidates, tuple(pods), _headroom(world, grid, ledger)), effort=_EFFORT)
+            pods.append(
+                _with_rules(replace(found, name=name, gang=replica.group), between.rules.get(replica.uid))
+            )
+    snapshot = Snapshot(
+        site.candidates(),
+        tuple(pods),
+        _headroom(world, grid, ledger),
+        standing=between.standing,
+        refusing=between.refusing,
+    )
+    plan = plan_placement(snapshot, effort=_EFFORT)
     known, crowded = classes.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
     wishes, spent = rooms.admit(known)
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
-    return Choice(wishes, (*unplaced, *spent, *crowded, *incomplete))
+    return Choice(wishes, (*unplaced, *spent, *crowded, *stopped), site.known)
+
+
+def _with_rules(pod: PodRequest, rules: Rules | None) -> PodRequest:
+    if rules is None:
+        return pod
+    return replace(pod, marks=rules.marks, spread=rules.spread, near=rules.near, apart=rules.apart)
+
+
+def _cannot_begin(claims: Claims, replica: Replica, gathering: Mapping[str, str]) -> tuple[str, str] | None:
+    """Why no node is looked for yet."""
+    if replica.group in gathering:
+        return "GroupIncomplete", gathering[replica.group]
+    if claims.missing:
+        where = f"PersistentVolumeClaim {' and '.join(claims.missing)} in namespace {replica.pod.metadata.namespace}"
+        return "ClaimMissing", f"there is no {where}: create it, or correct the model's checkpoint.claim"
+    return None
 
 
 def unguarded(world: World) -> tuple[Unplaced, ...]:
@@ -122,99 +142,6 @@ def _gathering(world: World) -> dict[str, str]:
     }
 
 
-def _fabric(host: GpuHost, labels: Mapping[str, str], *, grouped: bool) -> str:
-    """The NVLink domain that its GPUs report. Where NVLink ends at the node, a group shares the network of a zone."""
-    reported = {gpu.fabric for gpu in host.held.status.gpus if gpu.fabric} if host.held else set()
-    if len(reported) == 1:
-        return reported.pop()
-    return f"network of zone {labels.get(_FAILURE_LABELS[0], 'unnamed')}" if grouped and not reported else ""
-
-
-def _candidate(
-    world: World,
-    grid: Grid,
-    host: GpuHost,
-    *,
-    grouped: bool,
-    health: float,
-    cached: frozenset[str],
-    mute: bool,
-) -> NodeCandidate:
-    labels = host.node.metadata.labels if host.node else {}
-    path = grid.places[host.name].path if host.name in grid.places else ()
-    taints = host.node.spec.taints if host.node else ()
-    replicas: dict[str, int] = {}
-    for grant in host.grants:
-        model = grant.class_name.partition("@")[0]
-        replicas[model] = replicas.get(model, 0) + 1
-    return NodeCandidate(
-        name=host.name,
-        product=host.product,
-        gpus=host.gpu_count,
-        free_gpus=free_gpus(world, host),
-        path=path,
-        labels={**labels, **{_DOMAIN + domain: "yes" for domain in path}},
-        taints=tuple(Taint(taint.key, taint.value, taint.effect) for taint in taints),
-        fabric=_fabric(host, labels, grouped=grouped),
-        failure_domains=tuple(labels[label] for label in _FAILURE_LABELS if label in labels),
-        health=health,
-        cached=cached,
-        replicas=replicas,
-        features=frozenset(host.node.status.declared_features if host.node else ()),
-        closed=_closed(world, grid, host) or ("whose agent does not answer" if mute else ""),
-    )
-
-
-def free_gpus(world: World, host: GpuHost) -> int:
-    """That a new pod could get: sound ones, as many as kube-scheduler may hand out, less everybody's claims.
-
-    A stranger's claim counts from when it is bound, and still when its pod is gone and its GPU is not.
-    """
-    gpus = host.held.status.gpus if host.held else ()
-    sound = host.gpu_count - sum(not gpu.healthy for gpu in gpus)
-    offered = host.node.status.allocatable.get(names.GPU_RESOURCE, "") if host.node else ""
-    usable = min(sound, int(offered)) if offered.isdigit() else sound
-    held = sum(1 for gpu in gpus if gpu.pod and not gpu.pod_uid)
-    bound = sum(gpus_asked(pod) for pod in world.foreign.get(host.name, ()))
-    return max(0, usable - sum(grant.gpus for grant in host.grants) - max(held, bound))
-
-
-def _features(replica: Replica) -> frozenset[str]:
-    """Of the pod itself: its Deployment may have been made with or without the rule for restarts."""
-    return frozenset({RESTART_FEATURE} if asks_for_rule(replica.pod) else ())
-
-
-def _on_disk(world: World) -> dict[str, frozenset[str]]:
-    """Models by node whose checkpoint lies on that node's own disk."""
-    found: dict[str, set[str]] = {}
-    for checkpoint in world.snapshot.checkpoints.values():
-        spec = checkpoint.spec
-        if spec.location.node and checkpoint.status.phase not in {"Corrupt", "Failed"}:
-            name = f"{checkpoint.metadata.namespace}/{spec.factory}/{spec.model}"
-            found.setdefault(spec.location.node, set()).add(name)
-    return {node: frozenset(models) for node, models in found.items()}
-
-
-def _closed(world: World, grid: Grid, host: GpuHost) -> str:
-    if host.name not in grid.places:
-        return "in no power domain"
-    if host.held is not None and (
-        host.held.spec.former_paths or host.held.spec.path != grid.places[host.name].path
-    ):
-        return "moving to another power domain"
-    if host.fenced:
-        return "fenced"
-    if host.held is not None and host.held.spec.quarantine is not None:
-        return "quarantined"
-    if host.silent_seconds is None or world.lost(host):
-        return "silent"
-    if host.node is None or not host.node_ready:
-        return "not ready"
-    if host.node.spec.unschedulable:
-        return "cordoned"
-    return ""
-
-
 def _request(
     world: World, grid: Grid, name: str, replica: Replica, ranges: Mapping[str, tuple[int, int]]
 ) -> PodRequest:
@@ -231,9 +158,16 @@ def _request(
         offers=offers,
         band=model.band,
         value=float(parse_decimal(model.value_per_million_tokens)),
-        selector={**factory.spec.node_selector, _DOMAIN + factory.spec.power.domain: "yes"},
-        tolerations=(Toleration(names.GPU_RESOURCE, "Exists"), Toleration(names.MANAGED_TAINT, "Exists")),
-        weights=f"{namespace}/{factory.metadata.name}/{model.name}",
+        loads=loads(replica),
+        selector={
+            **factory.spec.node_selector,
+            **replica.pod.spec.node_selector,
+            DOMAIN + factory.spec.power.domain: "yes",
+        },
+        affinity=affinity_of(replica.pod),
+        tolerations=tolerations_of(replica.pod),
+        # Of the pod itself: its Deployment may have been made with or without the rule for restarts.
+        features=frozenset({RESTART_FEATURE} if asks_for_rule(replica.pod) else ()),
         refused=refusals(world, grid.tree, factory, model),
     )
 

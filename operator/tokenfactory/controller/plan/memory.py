@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from tokenfactory.controller.plan.halves import Since
 from tokenfactory.controller.plan.learning import Lessons
+from tokenfactory.controller.plan.leftovers import Known
 from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.replicating import Reading
 from tokenfactory.controller.plan.shedding import Shedding
@@ -56,5 +57,7 @@ class Memory:
     """By node of such a domain: its last report, and when it was first seen."""
     clock: Clock | None = None
     """Where the wall clock stood: one that was set since must not end a window of a timetable."""
+    asked: Known = field(default_factory=dict)
+    """What pods ask of their nodes: most are as they were."""
     ledger: Ledger | None = None
     """Of the last round: what has not changed since is not worked out again."""

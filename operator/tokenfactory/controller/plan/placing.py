@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from tokenfactory.api.cap_sheet import CapSheet
-from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.controller.actions import Action, OpenGate
+from tokenfactory.controller.plan.at_hand import checkpoints_of
 from tokenfactory.controller.plan.nodes import new_grant
 from tokenfactory.controller.plan.purses import Spending, lacking
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
@@ -131,19 +131,11 @@ def _names(sheet: CapSheet, class_name: str) -> bool:
 
 def restore_point(world: World, replica: Replica, host: GpuHost) -> str:
     """`<folder>@<digest>` of the newest good checkpoint of this model that fits this product, or empty."""
-    fitting: list[Checkpoint] = []
-    for checkpoint in world.snapshot.checkpoints.values():
-        spec = checkpoint.spec
-        if checkpoint.metadata.namespace != replica.pod.metadata.namespace:
-            continue
-        if (spec.factory, spec.model) != (replica.factory.metadata.name, replica.model.name):
-            continue
-        if checkpoint.status.phase in {"Corrupt", "Failed"}:
-            continue
-        if spec.location.claim != (replica.model.checkpoint.claim or ""):
-            continue
-        if spec.identity.gpu_product in {"", host.product}:
-            fitting.append(checkpoint)
+    fitting = [
+        checkpoint
+        for checkpoint in checkpoints_of(world, replica)
+        if checkpoint.spec.identity.gpu_product in {"", host.product}
+    ]
     if not fitting:
         return ""
     newest = max(fitting, key=lambda found: (found.metadata.creation_timestamp or "", found.metadata.name))

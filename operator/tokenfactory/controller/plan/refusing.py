@@ -56,9 +56,12 @@ class Refusals:
     """By node."""
     mute: frozenset[str] = frozenset()
     """Nodes whose agents have not answered for too long: no gate would open there."""
+    said: Mapping[tuple[Slot, str], str] = field(default_factory=dict)
+    """What kube-scheduler said of a node that is left alone."""
 
-    def nodes(self, slot: Slot) -> frozenset[str]:
-        return frozenset(node for held, node in self.until if held == slot)
+    def nodes(self, slot: Slot) -> dict[str, str]:
+        """Each with what was said."""
+        return {node: self.said.get((held, node), "") for held, node in self.until if held == slot}
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def replan(world: World, before: Refusals) -> Replanned:
     behind = _behind(world, before.behind)
     mute = frozenset(name for name, each in behind.items() if now - each.since >= ANSWER_MILLISECONDS)
     until = {pair: end for pair, end in before.until.items() if end > now}
+    said = {pair: words for pair, words in before.said.items() if pair in until}
     since: dict[str, int] = {}
     actions: list[Action] = []
     waiting: list[Unplaced] = []
@@ -106,12 +110,13 @@ def replan(world: World, before: Refusals) -> Replanned:
             reason = f"{outlook.why}, so it is placed anew elsewhere"
             actions.append(DeletePod(replica.pod, reason[:1024], as_seen=replica.gated))
             if not replica.gated:
-                until[(key_of(replica.factory), replica.model.name), node] = now + REMEMBERED_MILLISECONDS
+                pair = (key_of(replica.factory), replica.model.name), node
+                until[pair], said[pair] = now + REMEMBERED_MILLISECONDS, _in_short(refused(replica) or "")
         elif replica.gated:
             soonest = min(soonest, outlook.patience_milliseconds)
             waiting.append(Unplaced(replica, "AgentNotAnswering", outlook.why))
     return Replanned(
-        Refusals(since, until, behind, mute), tuple(actions), tuple(waiting), max(soonest / 1000, 0.1)
+        Refusals(since, until, behind, mute, said), tuple(actions), tuple(waiting), max(soonest / 1000, 0.1)
     )
 
 
@@ -168,3 +173,12 @@ def refused(replica: Replica) -> str | None:
         ),
         None,
     )
+
+
+def _in_short(why: str) -> str:
+    """Of `0/9 nodes are available: 1 node(s) had …, 8 node(s) didn't match … affinity/selector. preemption: …` the
+    reason that is not the affinity by which we bound it to one node.
+    """
+    reasons = why.partition(" are available: ")[2].partition(". preemption:")[0] or why
+    parts = [part for part in reasons.split(", ") if "affinity/selector" not in part]
+    return ", ".join(parts).rstrip(".")[:200]

@@ -6,13 +6,14 @@ the one nearest to letting it through.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from tokenfactory.api.quantities import Milliwatts, format_power
+from tokenfactory.planning.placement.amounts import format_amount
 from tokenfactory.planning.placement.fleet import BoolArray, Fleet
 from tokenfactory.planning.placement.inputs import PodRequest
 from tokenfactory.planning.placement.room import Room
@@ -61,8 +62,9 @@ def _not_refused(fleet: Fleet, pod: PodRequest) -> BoolArray:
     return mask
 
 
-def _why_refused(_fleet: Fleet, _pod: PodRequest, blocked: BoolArray) -> Texts:
-    return [(int(blocked.sum()), "refused before by the scheduler")]
+def _why_refused(fleet: Fleet, pod: PodRequest, blocked: BoolArray) -> Texts:
+    said = [pod.not_on[fleet.nodes[i].name] for i in _nodes(blocked)]
+    return _counted(["refused before by kube-scheduler" + (f" ({why})" if why else "") for why in said])
 
 
 def _able(fleet: Fleet, pod: PodRequest) -> BoolArray:
@@ -82,6 +84,22 @@ def _selected(fleet: Fleet, pod: PodRequest) -> BoolArray:
 
 def _why_not_selected(_fleet: Fleet, _pod: PodRequest, blocked: BoolArray) -> Texts:
     return [(int(blocked.sum()), "not matched by its node selector or affinity")]
+
+
+def _reached(fleet: Fleet, pod: PodRequest) -> BoolArray:
+    mask = np.ones(fleet.count, dtype=np.bool_)
+    for volume in pod.volumes:
+        mask &= fleet.meets_one(volume.reach)
+    return mask
+
+
+def _why_not_reached(fleet: Fleet, pod: PodRequest, blocked: BoolArray) -> Texts:
+    words: list[str] = []
+    for volume in pod.volumes:
+        here = blocked & ~fleet.meets_one(volume.reach)
+        words += [f"that the volume of claim {volume.claim} cannot be reached from"] * int(here.sum())
+        blocked = blocked & ~here
+    return _counted(words)
 
 
 def _tolerated(fleet: Fleet, pod: PodRequest) -> BoolArray:
@@ -149,20 +167,53 @@ def _free_resources(room: Room, shape: Shape) -> BoolArray:
 
 
 def _why_no_resources(room: Room, shape: Shape, blocked: BoolArray) -> Texts:
-    words = []
-    for i in _nodes(blocked):
-        name, amount = next((n, a) for n, a in sorted(shape.pod.resources.items()) if room.free(n)[i] < a)
-        words.append(f"without {amount} of {name}")
-    return _counted(words)
+    """By the first resource that is short, with the node that has most of it."""
+    texts = Texts()
+    for name, amount in sorted(shape.pod.resources.items()):
+        free = room.free(name)
+        here = blocked & (free < amount)
+        if here.any():
+            most = int(np.argmax(np.where(here, free, np.iinfo(np.int64).min)))
+            has = f"{room.fleet.nodes[most].name} has {format_amount(name, max(int(free[most]), 0))}"
+            texts.append((int(here.sum()), f"without {format_amount(name, amount)} {name} free ({has})"))
+            blocked = blocked & ~here
+    return texts
 
 
 def _spread(room: Room, shape: Shape) -> BoolArray:
-    return room.spread_allows(shape)
+    return room.neighbours.spread_allows(shape)
 
 
 def _why_not_spread(_room: Room, shape: Shape, blocked: BoolArray) -> Texts:
-    keys = " and ".join(r.topology_key for r in shape.pod.spread)
+    keys = " and ".join(each.rule.topology_key for each in shape.pod.spread)
     return [(int(blocked.sum()), f"would break its spread over {keys}")]
+
+
+def _near(room: Room, shape: Shape) -> BoolArray:
+    return room.neighbours.near_allows(shape)
+
+
+def _why_not_near(room: Room, shape: Shape, blocked: BoolArray) -> Texts:
+    return _told(room.neighbours.why_not_near(shape), blocked)
+
+
+def _apart(room: Room, shape: Shape) -> BoolArray:
+    return room.neighbours.apart_allows(shape)
+
+
+def _why_not_apart(room: Room, shape: Shape, blocked: BoolArray) -> Texts:
+    return _told(room.neighbours.why_not_apart(shape), blocked)
+
+
+def _told(reasons: Iterable[tuple[BoolArray, str]], blocked: BoolArray) -> Texts:
+    """Each node under the first of the reasons that holds there."""
+    texts = Texts()
+    for where, text in reasons:
+        here = blocked & where
+        if here.any():
+            texts.append((int(here.sum()), text))
+            blocked = blocked & ~here
+    return texts
 
 
 def _power(room: Room, shape: Shape) -> BoolArray:
@@ -198,6 +249,7 @@ STEADY: tuple[SteadyFilter, ...] = (
     SteadyFilter("NodesRefused", _not_refused, _why_refused),
     SteadyFilter("KubeletTooOld", _able, _why_not_able),
     SteadyFilter("NoMatchingNode", _selected, _why_not_selected),
+    SteadyFilter("VolumeOutOfReach", _reached, _why_not_reached),
     SteadyFilter("UntoleratedTaint", _tolerated, _why_not_tolerated),
     SteadyFilter("NotAdmitted", _admitted, _why_not_admitted),
     SteadyFilter("ProductCannotServe", _served, _why_not_served),
@@ -206,6 +258,8 @@ ROOM: tuple[RoomFilter, ...] = (
     RoomFilter("InsufficientGPUs", lambda _: True, _free_gpus, _why_no_gpus),
     RoomFilter("InsufficientResources", lambda pod: bool(pod.resources), _free_resources, _why_no_resources),
     RoomFilter("SpreadNotPossible", lambda pod: bool(pod.spread), _spread, _why_not_spread),
+    RoomFilter("PodAffinity", lambda pod: bool(pod.near), _near, _why_not_near),
+    RoomFilter("PodAntiAffinity", lambda pod: bool(pod.apart or pod.marks), _apart, _why_not_apart),
     RoomFilter("InsufficientPower", lambda _: True, _power, _why_no_power),
 )
 

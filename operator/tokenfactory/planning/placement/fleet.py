@@ -1,18 +1,34 @@
 """The nodes of a snapshot as columns, so that one pod is weighed against all nodes at once."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from tokenfactory.planning.placement.inputs import NodeCandidate, PodRequest, Requirement, Snapshot
+from tokenfactory.planning.placement.inputs import (
+    NodeCandidate,
+    PodRequest,
+    Requirement,
+    Snapshot,
+    Terms,
+)
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 UNLIMITED = np.int64(1) << 60
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What a label makes of the nodes: one domain for each of its values."""
+
+    values: tuple[str, ...]
+    at: IntArray
+    """The domain of each node, numbered as in `values`; one number further: the node has no such label."""
 
 
 class Fleet:
@@ -23,6 +39,8 @@ class Fleet:
         self.count = len(self.nodes)
         self.index = {n.name: i for i, n in enumerate(self.nodes)}
         self.whole_gpus = snapshot.whole_gpus
+        self.standing = snapshot.standing
+        self.refusing = snapshot.refusing
         self.free_gpus = _ints(n.free_gpus for n in self.nodes)
         self.wake = _ints(n.wake_milliwatts for n in self.nodes)
         self.health = np.array([n.health for n in self.nodes], dtype=np.float64)
@@ -37,6 +55,7 @@ class Fleet:
         self.path = self._paths()
         self.columns = tuple(np.ascontiguousarray(column) for column in self.path.T)
         self._by_value: dict[str, dict[str, IntArray]] = {}
+        self._topologies: dict[str, Topology] = {}
         self._caching: dict[str, FloatArray] = {}
         self._terms: dict[Requirement, BoolArray] = {}
 
@@ -70,11 +89,11 @@ class Fleet:
             number[members] = i
         return number
 
-    def caching(self, weights: str) -> FloatArray:
-        """1 on nodes that hold these weights."""
-        if weights not in self._caching:
-            self._caching[weights] = np.array([weights in n.cached for n in self.nodes], dtype=np.float64)
-        return self._caching[weights]
+    def caching(self, what: str) -> FloatArray:
+        """1 on nodes where it need not be loaded anew."""
+        if what not in self._caching:
+            self._caching[what] = np.array([what in n.cached for n in self.nodes], dtype=np.float64)
+        return self._caching[what]
 
     @cached_property
     def in_shared_fabric(self) -> BoolArray:
@@ -120,6 +139,16 @@ class Fleet:
             self._by_value[key] = {v: _ints(members) for v, members in sorted(groups.items())}
         return self._by_value[key]
 
+    def topology(self, key: str) -> "Topology":
+        """The domains that a label makes of the nodes."""
+        if key not in self._topologies:
+            members = self.labelled(key)
+            at = np.full(self.count, len(members), dtype=np.int64)
+            for number, nodes in enumerate(members.values()):
+                at[nodes] = number
+            self._topologies[key] = Topology(tuple(members), at)
+        return self._topologies[key]
+
     def meets(self, requirement: Requirement) -> BoolArray:
         if requirement not in self._terms:
             self._terms[requirement] = self._evaluate(requirement)
@@ -138,15 +167,18 @@ class Fleet:
         for key, value in pod.selector.items():
             mask &= self.meets(Requirement(key, "In", (value,)))
         if pod.affinity:
-            any_term = np.zeros(self.count, dtype=np.bool_)
-            for term in pod.affinity:
-                # An empty term matches nothing, as in Kubernetes.
-                all_of = np.full(self.count, bool(term), dtype=np.bool_)
-                for requirement in term:
-                    all_of &= self.meets(requirement)
-                any_term |= all_of
-            mask &= any_term
+            mask &= self.meets_one(pod.affinity)
         return mask
+
+    def meets_one(self, terms: Terms) -> BoolArray:
+        any_term = np.zeros(self.count, dtype=np.bool_)
+        for term in terms:
+            # An empty term matches nothing, as in Kubernetes.
+            all_of = np.full(self.count, bool(term), dtype=np.bool_)
+            for requirement in term:
+                all_of &= self.meets(requirement)
+            any_term |= all_of
+        return any_term
 
 
 def _compare(value: str, bounds: tuple[str, ...], sign: int) -> bool:

@@ -48,12 +48,36 @@ class Requirement:
     values: tuple[str, ...] = ()
 
 
+Terms = tuple[tuple[Requirement, ...], ...]
+"""One of these terms, all of its requirements."""
+
+
 @dataclass(frozen=True, slots=True)
-class SpreadRule:
-    """A topology spread constraint with `DoNotSchedule`, counted over the replicas of the pod's own model."""
+class PodRule:
+    """Some pods, within the same topology domain: what an affinity term or a spread constraint speaks of."""
 
     topology_key: str
+    mark: str
+    """What those pods have in common, in words for people, such as `pods of team with app=web`."""
+
+
+NO_PODS: Mapping[PodRule, Mapping[str, int]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadRule:
+    """A topology spread constraint with `DoNotSchedule`."""
+
+    rule: PodRule
     max_skew: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume that only some nodes reach, such as one on a node's own disk."""
+
+    claim: str
+    reach: Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +110,7 @@ class NodeCandidate:
     health: float = 1.0
     """1: no failures in its history; towards 0 for a node that keeps failing."""
     cached: frozenset[str] = frozenset()
-    """Identities of the weights that lie on its disk."""
+    """Identities of what a replica need not load anew here: images, checkpoints that it can restore."""
     free: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     """What is left of other resources, such as cpu in millicores; a resource not named here is not limited."""
     wake_milliwatts: int = 0
@@ -113,15 +137,22 @@ class PodRequest:
     band: int = 100
     value: float = 1.0
     """What the replica is worth per second, against other pods of its band."""
-    weights: str = ""
-    """Identity of the weights it loads."""
+    loads: frozenset[str] = frozenset()
+    """Identities of what it loads before it serves, as nodes' `cached` names them."""
     selector: Mapping[str, str] = field(default_factory=lambda: NO_TEXT)
-    affinity: tuple[tuple[Requirement, ...], ...] = ()
-    """Required node affinity: one of these terms, all of its requirements."""
+    affinity: Terms = ()
+    """Required node affinity."""
+    volumes: tuple[Volume, ...] = ()
     tolerations: tuple[Toleration, ...] = ()
+    marks: frozenset[str] = frozenset()
+    """Which of the marks that any rule names are its own."""
     spread: tuple[SpreadRule, ...] = ()
-    not_on: frozenset[str] = frozenset()
-    """Nodes that kube-scheduler refused, or that failed it before."""
+    near: tuple[PodRule, ...] = ()
+    """Required pod affinity: where such pods are; anywhere, if there are none yet and it is one of them itself."""
+    apart: tuple[PodRule, ...] = ()
+    """Required pod anti-affinity: where no such pod is."""
+    not_on: Mapping[str, str] = field(default_factory=lambda: NO_TEXT)
+    """Nodes that kube-scheduler refused, each with what it said."""
     features: frozenset[str] = frozenset()
     """What the kubelet of its node must have declared: kube-scheduler binds it nowhere else."""
     resources: Mapping[str, int] = field(default_factory=lambda: NOTHING)
@@ -139,6 +170,10 @@ class Snapshot:
     pods: tuple[PodRequest, ...]
     headroom_milliwatts: Mapping[str, int]
     """What each power domain and each budget has left. What is not named here has no limit."""
+    standing: Mapping[PodRule, Mapping[str, int]] = field(default_factory=lambda: NO_PODS)
+    """How many such pods there are already, by value of the rule's topology key, over all nodes of the cluster."""
+    refusing: Mapping[PodRule, Mapping[str, int]] = field(default_factory=lambda: NO_PODS)
+    """How many pods are there already that must stand apart from such pods."""
     whole_gpus: int = 8
     """The size of replica that should still fit later."""
 

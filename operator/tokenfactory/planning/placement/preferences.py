@@ -29,10 +29,12 @@ def healthy(fleet: Fleet, _pod: PodRequest) -> FloatArray:
     return np.clip(fleet.health, 0.0, 1.0)
 
 
-def weights_at_hand(fleet: Fleet, pod: PodRequest) -> FloatArray:
-    if not pod.weights:
-        return np.ones(fleet.count, dtype=np.float64)
-    return fleet.caching(pod.weights)
+def at_hand(fleet: Fleet, pod: PodRequest) -> FloatArray:
+    """The part of what it loads before it serves that is there already: its image, a checkpoint of its model."""
+    there = np.zeros(fleet.count, dtype=np.float64)
+    for what in sorted(pod.loads):
+        there += fleet.caching(what)
+    return there / len(pod.loads) if pod.loads else there + 1.0
 
 
 def linked(fleet: Fleet, pod: PodRequest) -> FloatArray:
@@ -47,7 +49,7 @@ def linked(fleet: Fleet, pod: PodRequest) -> FloatArray:
 WEIGHTED: Final[tuple[tuple[float, Scorer], ...]] = (
     (0.45, efficient_product),
     (0.20, healthy),
-    (0.15, weights_at_hand),
+    (0.15, at_hand),
     (0.20, linked),
 )
 SPREAD_WEIGHT: Final = 0.25

@@ -5,8 +5,9 @@ The only mutable thing in placement. `place` and `remove` undo each other exactl
 
 import numpy as np
 
-from tokenfactory.planning.placement.fleet import UNLIMITED, BoolArray, Fleet, FloatArray, IntArray
+from tokenfactory.planning.placement.fleet import UNLIMITED, Fleet, FloatArray, IntArray
 from tokenfactory.planning.placement.inputs import PodRequest
+from tokenfactory.planning.placement.neighbours import Neighbours
 from tokenfactory.planning.placement.preferences import SPREAD_WEIGHT, WHOLE_NODE_WEIGHT
 from tokenfactory.planning.placement.shape import Shape
 
@@ -22,8 +23,7 @@ class Room:
         self.watts_taken = 0
         """Milliwatts of all that is placed; of two plans of the same worth the thriftier lets more in later."""
         self._free: dict[str, IntArray] = {}
-        self._spread: dict[tuple[str, str], dict[str, int]] = {}
-        self._eligible: dict[tuple[Shape, str], frozenset[str]] = {}
+        self.neighbours = Neighbours(fleet, pods)
         by_model: dict[str, list[float]] = {}
         for pod in pods:
             by_model.setdefault(pod.model, []).append(pod.value)
@@ -132,11 +132,7 @@ class Room:
         ):
             counts[at] += sign
             crowd[at] = self._crowded(model, counts[at])
-        for rule in shape.pod.spread:
-            counts_of = self._replicas_by(shape, rule.topology_key)
-            value = self.fleet.nodes[node].labels.get(rule.topology_key)
-            if value is not None:
-                counts_of[value] += sign
+        self.neighbours.move(shape, node, sign)
 
     def _gain(self, shape: Shape, node: int) -> float:
         """What placing it there adds to the comfort; `remove` takes the same away."""
@@ -156,42 +152,3 @@ class Room:
             gain -= crowd[level]
         gain -= crowds[-1]  # the last level is the node itself
         return gain
-
-    def _replicas_by(self, shape: Shape, key: str) -> dict[str, int]:
-        """Replicas of the pod's model by value of a label, over all nodes that carry it."""
-        model = shape.pod.model
-        if (model, key) not in self._spread:
-            self._spread[model, key] = {
-                value: sum(self.fleet.nodes[i].replicas.get(model, 0) for i in members)
-                for value, members in self.fleet.labelled(key).items()
-            }
-        return self._spread[model, key]
-
-    def _eligible_counts(self, shape: Shape, key: str) -> dict[str, int]:
-        """Only domains with a node that the pod may select count for the smallest, as in kube-scheduler."""
-        if (shape, key) not in self._eligible:
-            selected = self.fleet.selected(shape.pod)
-            members = self.fleet.labelled(key)
-            self._eligible[shape, key] = frozenset(v for v, nodes in members.items() if selected[nodes].any())
-        counts = self._replicas_by(shape, key)
-        return {value: count for value, count in counts.items() if value in self._eligible[shape, key]}
-
-    def spread_allows(self, shape: Shape) -> BoolArray:
-        mask = np.ones(self.fleet.count, dtype=np.bool_)
-        for rule in shape.pod.spread:
-            counts = self._eligible_counts(shape, rule.topology_key)
-            least = min(counts.values(), default=0)
-            open_here = np.zeros(self.fleet.count, dtype=np.bool_)
-            for value, members in self.fleet.labelled(rule.topology_key).items():
-                open_here[members] = counts.get(value, 0) + 1 - least <= rule.max_skew
-            mask &= open_here
-        return mask
-
-    def skew(self, shape: Shape) -> int:
-        """By how much the worst of its spread rules is exceeded now; 0: none is."""
-        worst = 0
-        for rule in shape.pod.spread:
-            counts = self._eligible_counts(shape, rule.topology_key)
-            if counts:
-                worst = max(worst, max(counts.values()) - min(counts.values()) - rule.max_skew)
-        return worst

@@ -240,19 +240,20 @@ class Search:
     def fill(self, units: list[Unit], *, mode: Mode = Mode.COMFORT) -> None:
         """Each in turn; when one of a kind finds no place, none of that kind does: room only shrinks here.
 
-        A spread rule is the exception: a later placement may raise the least crowded domain and open others.
+        Rules between pods are the exception: a later placement may raise the least crowded domain of a spread, or be
+        what another must stand near.
         """
         hopeless: set[tuple[Shape, ...]] = set()
         again: list[Unit] = []
         for unit in units:
-            if unit.kind in hopeless:
-                continue
-            if not self.insert(unit, mode=mode):
+            if unit.kind in hopeless or not self.insert(unit, mode=mode):
                 hopeless.add(unit.kind)
-                if any(shape.pod.spread for shape in unit.kind):
+                if any(shape.pod.spread or shape.pod.near for shape in unit.kind):
                     again.append(unit)
+        hopeless.clear()
         for unit in again:
-            self.insert(unit, mode=mode)
+            if unit.kind not in hopeless and not self.insert(unit, mode=mode):
+                hopeless.add(unit.kind)
 
     def restart(self, order: Order, *, mode: Mode) -> None:
         for unit in list(self.where):
@@ -278,7 +279,7 @@ class Search:
         """Takes these units out and puts them and the unplaced back; goes back unless the result is worth keeping."""
         before, watts = self.score, self.room.watts_taken
         placed_before = set(self.where)
-        skewed = self._skew()
+        broken = self._broken()
         old = [(unit, self.take(unit)) for unit in out]
         waiting = sorted(self.unplaced(), key=order)
         if first is not None:
@@ -291,7 +292,7 @@ class Search:
             kept = self.score[0] >= before[0]
         else:
             kept = self.room.watts_taken <= watts
-        if kept and self._skew() <= skewed:
+        if kept and self._broken() <= broken:
             return True
         for unit in [u for u in self.where if u not in placed_before or u in out]:
             self.take(unit)
@@ -299,8 +300,10 @@ class Search:
             self.put(unit, nodes)
         return False
 
-    def _skew(self) -> int:
-        return sum(self.room.skew(shape) for shape in self._spreading)
+    def _broken(self) -> int:
+        """What pods that were taken out leave broken behind: each pod keeps its rules itself when it is put in."""
+        neighbours = self.room.neighbours
+        return sum(neighbours.skew(shape) for shape in self._spreading) + neighbours.unsupported()
 
 
 def better(score: Score, than: Score) -> bool:

@@ -7,12 +7,18 @@ from tokenfactory.planning.placement.inputs import (
     NodeCandidate,
     Offer,
     PodRequest,
+    PodRule,
+    Requirement,
     Snapshot,
+    SpreadRule,
     Taint,
     Toleration,
+    Volume,
 )
 
 WATT = 1000
+HOST = "kubernetes.io/hostname"
+STRANGERS = "pods of web with app=front"
 PRODUCTS = {"H100": (500, 1.9), "H200": (560, 2.3), "B200": (820, 3.4)}
 
 
@@ -34,7 +40,43 @@ def random_cluster(
         headroom[f"rack-{rack}"] = int(site / racks * rng.uniform(0.6, 2.0))
     for factory in range(2):
         headroom[f"budget of team/f{factory}"] = int(site * rng.uniform(0.4, 0.9))
-    return Snapshot(candidates, requests, headroom)
+    standing, refusing = _strangers(rng, candidates, models)
+    return Snapshot(candidates, requests, headroom, standing=standing, refusing=refusing)
+
+
+def _strangers(
+    rng: random.Random, nodes: tuple[NodeCandidate, ...], models: int
+) -> tuple[dict[PodRule, dict[str, int]], dict[PodRule, dict[str, int]]]:
+    """Pods of others that stand already: some that models must stand near or apart from, some that refuse a model."""
+    hosts = [node.name for node in nodes if rng.random() < 0.2]
+    standing = {PodRule(HOST, STRANGERS): dict.fromkeys(hosts, 1)}
+    if rng.random() < 0.5:
+        standing[PodRule("zone", STRANGERS)] = {"z0": 1}
+    shy = rng.sample(hosts, min(len(hosts), 2))
+    return standing, {PodRule(HOST, _like(rng.randrange(models))): dict.fromkeys(shy, 1)}
+
+
+def _like(model: int) -> str:
+    return f"pods of team with model=m{model}"
+
+
+def _rules(rng: random.Random, model: int) -> dict[str, object]:
+    """What it wants of other pods: mostly nothing."""
+    mine, strangers = PodRule(HOST, _like(model)), PodRule(HOST, STRANGERS)
+    claim = PodRule(HOST, f"pods with claim m{model}")
+    found: dict[str, object] = {"marks": frozenset({mine.mark})}
+    drawn = rng.random()
+    if drawn < 0.15:
+        found["apart"] = (mine,)
+    elif drawn < 0.25:
+        found["apart"] = (strangers,)
+    elif drawn < 0.35:
+        found |= {"near": (claim,), "marks": frozenset({mine.mark, claim.mark})}
+    elif drawn < 0.4:
+        found["near"] = (replace(strangers, topology_key="zone"),)
+    elif drawn < 0.5:
+        found["spread"] = (SpreadRule(replace(mine, topology_key="zone"), rng.choice((1, 2))),)
+    return found
 
 
 def _node(rng: random.Random, number: int, racks: int) -> NodeCandidate:
@@ -56,8 +98,8 @@ def _node(rng: random.Random, number: int, racks: int) -> NodeCandidate:
         fabric=fabric,
         failure_domains=(f"z{rack % 2}", f"rack-{rack}"),
         health=rng.choice((1.0, 1.0, 0.9, 0.5)),
-        cached=frozenset(m for m in ("m0", "m1", "m2", "m3") if rng.random() < 0.3),
-        free={"cpu": rng.choice((64_000, 128_000))},
+        cached=frozenset(what for m in range(4) for what in (f"m{m}", f"image-{m}") if rng.random() < 0.3),
+        free={"cpu": rng.choice((64_000, 128_000)), "memory": rng.choice((512, 1024)) << 30},
         wake_milliwatts=rng.choice((0, 0, 400 * WATT)),
         replicas={f"team/f0/m{rng.randrange(4)}": 1},
         closed="cordoned" if rng.random() < 0.05 else "",
@@ -66,6 +108,8 @@ def _node(rng: random.Random, number: int, racks: int) -> NodeCandidate:
 
 def _pods(rng: random.Random, models: int, pods: int, *, gangs: bool) -> list[PodRequest]:
     kinds = [_kind(rng, m) for m in range(models)]
+    if gangs and all(kind.gpus < 8 for kind in kinds):
+        kinds[0] = replace(kinds[0], gpus=8)
     requests = []
     for number in range(pods):
         kind = rng.choice(kinds)
@@ -89,9 +133,11 @@ def _kind(rng: random.Random, model: int) -> PodRequest:
         },
         band=rng.choice((100, 100, 200)),
         value=round(gpus * rng.uniform(0.5, 2.0), 2),
-        weights=f"m{model}",
+        loads=frozenset({f"m{model}", f"image-{model}"}),
         selector={"pool": "a"} if rng.random() < 0.2 else {},
+        volumes=(Volume("cache", ((Requirement("zone", "In", ("z1",)),),)),) if rng.random() < 0.1 else (),
         tolerations=(Toleration("dedicated", "Equal", "batch"),) if rng.random() < 0.5 else (),
-        resources={"cpu": gpus * rng.choice((4_000, 12_000))},
+        resources={"cpu": gpus * rng.choice((4_000, 12_000)), "memory": gpus * rng.choice((32, 96)) << 30},
         accounts=(f"budget of team/f{model % 2}",),
+        **_rules(rng, model),
     )

@@ -4,14 +4,14 @@ Stages: the worth placed, band by band from the highest (each with the bands abo
 comfort with all bands at least as the plan has them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import highspy
 
 from tokenfactory.planning.placement.filters import allowed
 from tokenfactory.planning.placement.fleet import Fleet
-from tokenfactory.planning.placement.inputs import PlacementPlan, PodRequest, Snapshot
+from tokenfactory.planning.placement.inputs import PlacementPlan, PodRequest, PodRule, Snapshot, SpreadRule
 from tokenfactory.planning.placement.preferences import SPREAD_WEIGHT, WHOLE_NODE_WEIGHT, preference, scores
 from tokenfactory.planning.placement.shape import shape_key
 
@@ -54,6 +54,7 @@ def violations(  # noqa: PLR0912 - one list of everything that may be wrong
     for limit, watts in drawn.items():
         if watts > snapshot.headroom_milliwatts.get(limit, watts):
             wrong.append(f"{limit}: {watts} of {snapshot.headroom_milliwatts[limit]}")
+    wrong += broken_rules(snapshot, plan)
     for gang, where in fabrics.items():
         if len(set(where)) > 1 or len(where) != sum(p.gang == gang for p in snapshot.pods):
             wrong.append(f"{gang} is split: {where}")
@@ -71,9 +72,73 @@ def _steady_violations(pod: PodRequest, node) -> list[str]:
         wrong.append(f"{pod.name} on {node.name}, which cannot run it")
     if any(node.labels.get(k) != v for k, v in pod.selector.items()):
         wrong.append(f"{pod.name} against its selector on {node.name}")
+    wrong += [
+        f"{pod.name} away from the volume of {volume.claim} on {node.name}"
+        for volume in pod.volumes
+        if not any(all(node.labels.get(r.key) in r.values for r in term) for term in volume.reach)
+    ]
     if any(not any(t.tolerates(taint) for t in pod.tolerations) for taint in node.taints):
         wrong.append(f"{pod.name} against a taint on {node.name}")
     return wrong
+
+
+class Bound:
+    """Pods as kube-scheduler would bind them, one after the other, and what it counts by then."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.labels = {node.name: node.labels for node in snapshot.nodes}
+        self.here: list[tuple[PodRequest, str]] = []
+
+    def marked(self, rule: PodRule) -> Counter[str | None]:
+        """Pods with the mark by domain: those that stood already, and those that were bound since."""
+        since = (self.labels[n].get(rule.topology_key) for pod, n in self.here if rule.mark in pod.marks)
+        return Counter(self.snapshot.standing.get(rule, {})) + Counter(since)
+
+    def refuses(self, pod: PodRequest, node: str) -> bool:
+        def at(rule: PodRule, name: str = node) -> str | None:
+            return self.labels[name].get(rule.topology_key)
+
+        shy = [(rule, value) for rule, there in self.snapshot.refusing.items() for value in there]
+        shy += [(rule, at(rule, n)) for each, n in self.here for rule in each.apart]
+        return (
+            any(at(rule) is not None and self.marked(rule)[at(rule)] for rule in pod.apart)
+            or any(rule.mark in pod.marks and value is not None and at(rule) == value for rule, value in shy)
+            or any(not self.finds(pod, rule, at(rule)) for rule in pod.near)
+            or any(self.skews(pod, each, at(each.rule)) for each in pod.spread)
+        )
+
+    def finds(self, pod: PodRequest, rule: PodRule, value: str | None) -> bool:
+        marked = self.marked(rule)
+        first = rule.mark in pod.marks and not marked.total()
+        return value is not None and (first or marked[value] > 0)
+
+    def skews(self, pod: PodRequest, each: SpreadRule, value: str | None) -> bool:
+        """Of the domains with a node that its selector matches."""
+        eligible = {
+            labels.get(each.rule.topology_key)
+            for labels in self.labels.values()
+            if all(labels.get(k) == v for k, v in pod.selector.items())
+        }
+        marked = self.marked(each.rule)
+        least = min(marked[domain] for domain in eligible)
+        return value is None or marked[value] + 1 - least > each.max_skew
+
+
+def broken_rules(snapshot: Snapshot, plan: PlacementPlan) -> list[str]:
+    """Is there an order in which kube-scheduler would bind them all?"""
+    pods = {p.name: p for p in snapshot.pods}
+    bound = Bound(snapshot)
+    waiting = [(pods[placed.pod], placed.node) for placed in plan.placed]
+    # What is the first of its kind begins.
+    waiting.sort(key=lambda pair: not any(rule.mark in pair[0].marks for rule in pair[0].near))
+    while waiting:
+        ready = next((pair for pair in waiting if not bound.refuses(*pair)), None)
+        if ready is None:
+            return [f"{pod.name} breaks a rule between pods on {node}" for pod, node in waiting]
+        waiting.remove(ready)
+        bound.here.append(ready)
+    return []
 
 
 @dataclass(frozen=True)
@@ -115,6 +180,7 @@ class Milp:
         self._variables()
         self._capacities()
         self._gangs()
+        self._rules()
         self._spread()
         self._whole_nodes()
 
@@ -172,6 +238,86 @@ class Milp:
                 self.h.addConstr(sum(terms[1:], terms[0] + 0) == len(pods) * whole)
             if chosen:
                 self.h.addConstr(sum(chosen[1:], chosen[0] + 0) <= 1)
+
+    def _rules(self) -> None:
+        kinds = [pods[0] for pods in self.kinds.values()]
+        for rule in {rule for pod in kinds for rule in pod.apart} | set(self.snapshot.refusing):
+            self._apart(rule)
+        for rule in {rule for pod in kinds for rule in pod.near}:
+            self._near(rule)
+        for each in {each for pod in kinds for each in pod.spread}:
+            self._evenly(each)
+
+    def _domains(self, key: str) -> dict[str | None, list[int]]:
+        found: dict[str | None, list[int]] = defaultdict(list)
+        for i, node in enumerate(self.fleet.nodes):
+            found[node.labels.get(key)].append(i)
+        return found
+
+    def _count(self, kinds: list, nodes: list[int]):
+        """How many pods of these kinds are placed on these nodes."""
+        terms = [self.x[kind, i] for kind in kinds for i in nodes if (kind, i) in self.x]
+        return sum(terms[1:], terms[0] + 0) if terms else None
+
+    def _most(self, count, most) -> None:
+        if count is not None:
+            self.h.addConstr(count <= most)
+
+    def _marked(self, rule: PodRule) -> list:
+        return [kind for kind, pods in self.kinds.items() if rule.mark in pods[0].marks]
+
+    def _apart(self, rule: PodRule) -> None:
+        holders = [kind for kind, pods in self.kinds.items() if rule in pods[0].apart]
+        marked = self._marked(rule)
+        for value, nodes in self._domains(rule.topology_key).items():
+            if self.snapshot.standing.get(rule, {}).get(value):
+                self._most(self._count(holders, nodes), 0)
+            if self.snapshot.refusing.get(rule, {}).get(value):
+                self._most(self._count(marked, nodes), 0)
+            for holder in holders:
+                there = self.h.addBinary()
+                self._most(self._count([holder], nodes), len(self.kinds[holder]) * there)
+                others = [kind for kind in marked if kind != holder]
+                self._most(self._count(others, nodes), len(self.snapshot.pods) * (1 - there))
+                if holder in marked:
+                    self._most(self._count([holder], nodes), 1)
+
+    def _near(self, rule: PodRule) -> None:
+        leaning = [kind for kind, pods in self.kinds.items() if rule in pods[0].near]
+        marked = self._marked(rule)
+        standing = self.snapshot.standing.get(rule, {})
+        firsts = []
+        for value, nodes in self._domains(rule.topology_key).items():
+            if value is None:
+                self._most(self._count(leaning, nodes), 0)
+                continue
+            there, first = self.h.addBinary(), self.h.addBinary()
+            self._most(self._count(leaning, nodes), len(self.snapshot.pods) * there)
+            support = self._count([kind for kind in marked if kind not in leaning], nodes)
+            self._most(there - first - (0 if support is None else support), standing.get(value, 0))
+            own = self._count([kind for kind in marked if kind in leaning], nodes)
+            self._most(first - (0 if own is None else own), 0)
+            firsts.append(first)
+        if firsts:
+            self._most(sum(firsts[1:], firsts[0] + 0), 0 if sum(standing.values()) else 1)
+
+    def _evenly(self, each: SpreadRule) -> None:
+        marked, standing = self._marked(each.rule), self.snapshot.standing.get(each.rule, {})
+        holders = [kind for kind, pods in self.kinds.items() if each in pods[0].spread]
+        eligible = self.fleet.selected(self.kinds[holders[0]][0])
+        domains = self._domains(each.rule.topology_key)
+        for value, nodes in domains.items():
+            more = self.h.addBinary()
+            most = len(self.snapshot.pods) + sum(standing.values())
+            self._most(self._count(holders, nodes), most * more)
+            for other, others in domains.items():
+                if other == value or not any(eligible[i] for i in others):
+                    continue
+                mine, theirs = self._count(marked, nodes), self._count(marked, others)
+                gap = standing.get(value, 0) - standing.get(other, 0)
+                difference = (0 if mine is None else mine) - (0 if theirs is None else theirs)
+                if mine is not None or theirs is not None:
+                    self._most(difference, each.max_skew - gap + 2 * most * (1 - more))
 
     def _spread(self) -> None:
         models: dict[str, list[PodRequest]] = defaultdict(list)

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.planning.placement.builders import ANY, WATT, node, pod, snapshot
+from tests.unit.planning.placement.builders import ANY, WATT, node, pod, snapshot, spread
 
-from tokenfactory.planning.placement.inputs import Offer, Requirement, SpreadRule, Taint, Toleration
+from tokenfactory.planning.placement.inputs import Offer, Requirement, Taint, Toleration, Volume
 from tokenfactory.planning.placement.plan import plan_placement
 
 
@@ -25,7 +25,16 @@ PREFERS = {
         "a",
     ),
     "the node that fails less": ([node("a", health=0.4), node("b")], pod(), "b"),
-    "the node that has the weights": ([node("a"), node("b", cached=frozenset({"w"}))], pod(weights="w"), "b"),
+    "the node that has its image": (
+        [node("a"), node("b", cached=frozenset({"nim:1.8"}))],
+        pod(loads=frozenset({"nim:1.8"})),
+        "b",
+    ),
+    "the node that can restore its cache as well": (
+        [node("a", cached=frozenset({"nim:1.8"})), node("b", cached=frozenset({"nim:1.8", "weights"}))],
+        pod(loads=frozenset({"nim:1.8", "weights"})),
+        "b",
+    ),
     "the node whose free GPUs are linked": ([node("a", linked_gpus=2), node("b", linked_gpus=4)], pod(), "b"),
     "a node outside of a multi-node NVLink domain": (
         [node("a", fabric="nvl-0"), node("a2", fabric="nvl-0"), node("b")],
@@ -43,9 +52,9 @@ PREFERS = {
     ),
     "a node that is broken into already": ([node("a"), node("b", free_gpus=4)], pod(), "b"),
     "the tightest fit among equals": ([node("a", free_gpus=6), node("b", free_gpus=5)], pod(gpus=2), "b"),
-    "health over weights at hand when a node fails often": (
+    "health over what is at hand when a node fails often": (
         [node("a", health=0.0, cached=frozenset({"w"})), node("b")],
-        pod(weights="w"),
+        pod(loads=frozenset({"w"})),
         "b",
     ),
 }
@@ -81,7 +90,11 @@ MUST = {
         pod(features=frozenset({"x"})),
         "b",
     ),
-    "a node that kube-scheduler did not refuse": ([node("a"), node("b")], pod(not_on=frozenset({"a"})), "b"),
+    "a node that kube-scheduler did not refuse": (
+        [node("a"), node("b")],
+        pod(not_on={"a": "no free ports"}),
+        "b",
+    ),
     "a node that is open": ([node("a", closed="quarantined: XID 79"), node("b")], pod(), "b"),
     "free CPU beside others' claims": (
         [node("a", free={"cpu": 3_000}), node("b", free={"cpu": 8_000})],
@@ -99,12 +112,9 @@ MUST = {
         pod(refused={"hall": "no grant for namespace team"}),
         "b",
     ),
-    "the spread that it asks for": (
-        [
-            node("a", labels={"zone": "1"}, replicas={"team/chat/llama": 1}),
-            node("b", labels={"zone": "2"}, health=0.0),
-        ],
-        pod(spread=(SpreadRule("zone"),)),
+    "a node that reaches its volume": (
+        [node("a", labels={"name": "a"}), node("b", labels={"name": "b"}, health=0.0)],
+        pod(volumes=(Volume("cache", ((Requirement("name", "In", ("b",)),),)),)),
         "b",
     ),
 }
@@ -178,7 +188,7 @@ def test_waking_a_node_is_charged_once_and_only_on_its_path() -> None:
 )
 def test_a_hard_spread_holds_and_is_used_to_the_full(free: list[int], pods: int, skew: int) -> None:
     nodes = [node(f"n{i}", free_gpus=gpus, labels={"zone": str(i % 3)}) for i, gpus in enumerate(free)]
-    asked = [pod(f"team/p{i:02d}", gpus=1, spread=(SpreadRule("zone", skew),)) for i in range(pods)]
+    asked = [pod(f"team/p{i:02d}", gpus=1, **spread("zone", skew)) for i in range(pods)]
     plan = plan_placement(snapshot(nodes, asked), effort=100)
     room = [sum(free[z::3]) for z in range(3)]
     counts = [sum(int(p.node[1:]) % 3 == z for p in plan.placed) for z in range(3)]

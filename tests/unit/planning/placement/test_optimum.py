@@ -1,5 +1,7 @@
 """Against the true optimum: every limit holds, and the plan is worth at least 98 % of the best one."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,10 +56,12 @@ def test_no_limit_is_ever_broken(seed: int, nodes: int, pods: int, scarce: float
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_the_input_decides_nothing(seed: int) -> None:
     snapshot = random_cluster(seed, nodes=6, pods=8)
-    mirrored = Snapshot(
-        snapshot.nodes[::-1],
-        snapshot.pods[::-1],
-        dict(reversed(snapshot.headroom_milliwatts.items())),
+    mirrored = replace(
+        snapshot,
+        nodes=snapshot.nodes[::-1],
+        pods=snapshot.pods[::-1],
+        headroom_milliwatts=dict(reversed(snapshot.headroom_milliwatts.items())),
+        standing=dict(reversed(snapshot.standing.items())),
     )
     assert plan_placement(snapshot, effort=200) == plan_placement(mirrored, effort=200)
 

@@ -3,7 +3,7 @@
 import pytest
 from tests.unit.planning.placement.builders import node, pod, snapshot
 
-from tokenfactory.planning.placement.inputs import SpreadRule, Taint
+from tokenfactory.planning.placement.inputs import Requirement, Taint, Volume
 from tokenfactory.planning.placement.plan import plan_placement
 
 TOLD = {
@@ -40,24 +40,38 @@ TOLD = {
     ),
     "refusal and CPU": (
         [node("a"), node("b", free={"cpu": 10})],
-        pod(not_on=frozenset({"a", "gone"}), resources={"cpu": 4_000}),
+        pod(not_on={"a": "no free ports", "gone": ""}, resources={"cpu": 4_000}),
         "InsufficientResources",
-        "0/2 nodes: 1 refused before by the scheduler, 1 without 4000 of cpu",
+        "0/2 nodes: 1 refused before by kube-scheduler (no free ports), 1 without 4 cpu free (b has 10m)",
+    ),
+    "several resources": (
+        [
+            node("a", free={"cpu": 2_000, "memory": 64 << 30}),
+            node("b", free={"cpu": 500, "memory": 64 << 30}),
+            node("c", free={"cpu": 9_000, "memory": 3 << 29, "example.com/nic": 0}),
+            node("d", free={"cpu": 9_000, "memory": 64 << 30, "example.com/nic": 0}),
+        ],
+        pod(resources={"cpu": 8_000, "memory": 32 << 30, "example.com/nic": 1}),
+        "InsufficientResources",
+        "0/4 nodes: 2 without 8 cpu free (a has 2), 2 without 1 example.com/nic free (c has 0)",
+    ),
+    "bytes": (
+        [node("a", free={"memory": 3 << 29})],
+        pod(resources={"memory": 32 << 30}),
+        "InsufficientResources",
+        "0/1 nodes: 1 without 32Gi memory free (a has 1.5Gi)",
+    ),
+    "a volume on a node's own disk": (
+        [node("a", labels={"name": "a"}), node("b", labels={"name": "b"}, free_gpus=0)],
+        pod(volumes=(Volume("cache", ((Requirement("name", "In", ("b",)),),)),)),
+        "InsufficientGPUs",
+        "0/2 nodes: 1 that the volume of claim cache cannot be reached from, 1 without 4 free GPUs",
     ),
     "old kubelets": (
         [node("a", features=frozenset({"x"})), node("b"), node("c", closed="fenced")],
         pod(features=frozenset({"x", "y"})),
         "KubeletTooOld",
         "0/3 nodes: 1 fenced, 1 whose kubelet does not declare x, y, 1 whose kubelet does not declare y",
-    ),
-    "spread": (
-        [
-            node("a", labels={"zone": "1"}, replicas={"team/chat/llama": 1}),
-            node("b", free_gpus=0, labels={"zone": "2"}),
-        ],
-        pod(spread=(SpreadRule("zone"),)),
-        "SpreadNotPossible",
-        "0/2 nodes: 1 without 4 free GPUs, 1 would break its spread over zone",
     ),
     "many short limits": (
         [node(f"n{i}", path=(f"rack-{i}",)) for i in range(6)],
