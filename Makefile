@@ -80,9 +80,13 @@ fault: venv ## the fault search over ledger and governor: a million steps, some 
 model: venv ## every history of small sites, exhaustively, and each deliberate bug's shortest trace
 	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.fault.model
 
+SITES ?= 4
+WALKS ?= 8
+POINTS ?= 0
 .PHONY: crash
-crash: tools ## an operator killed at every write on a real control plane, and random walks: most of an hour [SEED= WALKS=]
-	$(PY) -m pytest -q -s tests/cluster/scenarios/crash_search.py
+crash: tools ## operators killed at every write on real control planes, and random walks [SEED= POINTS= WALKS= SITES= ONLY=]
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.cluster.scenarios.crash_search --seed $(SEED) --points $(POINTS) \
+	  --walks $(WALKS) --workers $(SITES) $(if $(ONLY),--only $(ONLY))
 
 .PHONY: bench
 bench: venv ## one benchmark: make bench B=market [QUICK=1]

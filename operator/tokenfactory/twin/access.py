@@ -67,7 +67,8 @@ class Access:
             self._plan.host, self._plan.ports.apiserver, context=self._tls(), timeout=30
         )
         try:
-            headers = {"Content-Type": "application/json", "Accept": "application/json"}
+            content = "application/merge-patch+json" if method == "PATCH" else "application/json"
+            headers = {"Content-Type": content, "Accept": "application/json"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             text = answer.read()

@@ -69,7 +69,7 @@ class FleetNode:
     def start_agent(self) -> None:
         """The product's agent, as its DaemonSet would run it."""
         kubeconfig = self._cluster.kubeconfig_for_service_account(
-            SYSTEM_NAMESPACE, AGENT_ACCOUNT, node_name=self.plan.name
+            SYSTEM_NAMESPACE, AGENT_ACCOUNT, node_name=self.plan.name, duration="12h"
         )
         env = environment(**self.hardware.environment, KUBECONFIG=str(kubeconfig))
         command = [

@@ -32,7 +32,7 @@ class Breach:
 
     def __str__(self) -> str:
         return (
-            f"{self.domain} may draw {self.drawing_milliwatts / 1e6:.3f} kW, and its limit is "
+            f"the nodes of {self.domain} may draw {self.drawing_milliwatts / 1e6:.3f} kW, and its limit for them is "
             f"{self.limit_milliwatts / 1e6:.3f} kW"
         )
 
@@ -51,6 +51,7 @@ class _Feeding:
     """One domain at one moment: what its nodes may together draw, and what each of them adds to that."""
 
     limit_milliwatts: int
+    """For nodes: without the fixed load, which people state as they do the limit."""
     drawing_milliwatts: int
     nodes: Mapping[str, NodeTruth]
 
@@ -73,7 +74,7 @@ def _feeding(
         mine = {node.name: node for node, feeding in fleet if name in feeding}
         total = sum(node.gpu_milliwatts + node.overhead_milliwatts for node in mine.values())
         fixed = sum(parse_power(by_name[below].spec.fixed_load) for below in by_name if name in lines[below])
-        found[name] = _Feeding(limit, total + fixed, mine)
+        found[name] = _Feeding(limit - fixed, total, mine)
     return found
 
 
@@ -95,7 +96,7 @@ def drawn(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], now: datet
 class BudgetWatch:
     """P1 from one look to the next. Only people bring a domain over its limit, and then it may only be left.
 
-    They do so by lowering the limit, and by racking a node, which draws there before anybody can know. From then on
+    They do so by lowering the limit or stating more fixed load, and by racking a node, which draws there before anybody can know. From then on
     what is drawn may fall and nothing else, until the limit holds again; and from then on it holds.
     """
 

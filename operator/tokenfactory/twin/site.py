@@ -32,6 +32,8 @@ T = TypeVar("T", bound=Resource)
 CHART = Path(__file__).resolve().parents[3] / "charts" / "tokenfactory"
 _RUN_AS_PROCESSES = frozenset({"Deployment", "DaemonSet"})
 SAMPLE_SECONDS = 0.05
+SEARCH_LASTS = "12h"
+"""Nobody renews the operator's token here, and a search may take hours."""
 _OURS = "/apis/tokenfactory.dev/v1alpha1"
 _COLLECTIONS = {
     "tf": (_OURS, "tokenfactories"),
@@ -93,7 +95,9 @@ class Site:
 
     def operator_kubeconfig(self) -> Path:
         """Who the operator is: the chart's own service account."""
-        return self.cluster.kubeconfig_for_service_account(SYSTEM_NAMESPACE, OPERATOR_ACCOUNT)
+        return self.cluster.kubeconfig_for_service_account(
+            SYSTEM_NAMESPACE, OPERATOR_ACCOUNT, duration=SEARCH_LASTS
+        )
 
     def start_operator(self, kubeconfig: Path | None = None) -> None:
         """As the chart's service account, unless `kubeconfig` says otherwise."""
@@ -177,6 +181,14 @@ class Site:
             self.breaches += found[: 100 - len(self.breaches)]
             self.samples += 1
             await asyncio.sleep(SAMPLE_SECONDS)
+
+    def check_sampler(self) -> None:
+        """Without it no breach would ever be found: raise whatever ended it."""
+        if self._sampler is None:
+            raise SiteError("nobody looks at what the hardware may draw: the site is not up")
+        if self._sampler.done():
+            self._sampler.result()
+            raise SiteError("nobody looks any more at what the hardware may draw")
 
     def truth(self) -> list[NodeTruth]:
         truths = []

@@ -7,34 +7,42 @@ once it has been done and before the operator has heard of it. Nothing of this i
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 import yaml
-from tests.cluster.scenarios.scene import Scene, watts
+from tests.cluster.scenarios.outcome import difference, outcome
+from tests.cluster.scenarios.scene import Scene
 
 from tokenfactory.api.cap_sheet import renewal_name
-from tokenfactory.twin.faultproxy import Crash, FaultProxy, Seen, nth, writes
+from tokenfactory.twin.faultproxy import Crash, FaultProxy, Match, Seen, nth, writes
 from tokenfactory.twin.fleet import SYSTEM_NAMESPACE
 
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{SYSTEM_NAMESPACE}/leases/tokenfactory-operator"
+ROOT = "hall"
 QUIET_SECONDS = 1.5
+GLANCE_SECONDS = 0.75
+"""So long without a write before all of the site is looked at, which costs a dozen requests."""
 PATIENCE_SECONDS = 180.0
 
 
 def decides(seen: Seen) -> bool:
     """A write that a plan asked for: no sign of life, no Event and no question."""
-    signs = "/leases" in seen.path or seen.path.endswith(renewal_name("hall"))
-    words = seen.path.endswith("/events") or "/events/" in seen.path
-    return writes(seen) and "dryRun" not in seen.query and not signs and not words
+    return writes(seen) and not signs(seen)
+
+
+def signs(seen: Seen) -> bool:
+    """All other writes: of its own Lease and of renewals, Events, and what is only asked (`dryRun`)."""
+    lives = "/leases" in seen.path or seen.path.endswith(f"/{renewal_name(ROOT)}")
+    tells = seen.path.endswith("/events") or "/events/" in seen.path
+    return writes(seen) and (lives or tells or "dryRun" in seen.query)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where an operator dies: its n-th write, done or not."""
+    """Where an operator dies: its n-th write of those that count, done or not."""
 
     number: int
     landed: bool
@@ -47,11 +55,12 @@ class Mortal:
     """The site's operator, behind a proxy that can kill it. Afterwards the site has its own again."""
 
     def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+        self.scene = scene
         self._site = scene.site
         self.proxy = FaultProxy(scene.site.cluster.kubeconfig)
         self.deaths: Counter[str] = Counter()
         """By what the write was that it died of."""
+        self._looked_at = self._decided = 0
 
     async def __aenter__(self) -> Self:
         await self.proxy.__aenter__()
@@ -69,25 +78,43 @@ class Mortal:
         await self.proxy.__aexit__(*exc)
         self._site.start_operator()
 
-    def dies_at(self, point: Point) -> Crash:
+    def dies_at(self, point: Point, of: Match = decides) -> Crash:
         """The next operator that writes so often will die of it. `revive` it once that has happened."""
-        crash = Crash(nth(point.number, decides), kill=self._site.kill_operator, landed=point.landed)
-        return self.proxy.inject(crash)
+
+        def note(seen: Seen) -> bool:
+            dies = counted(seen)
+            if dies:
+                self.deaths[kind_of(seen)] += 1
+            return dies
+
+        counted = nth(point.number, of)
+        return self.proxy.inject(Crash(note, kill=self._site.kill_operator, landed=point.landed))
 
     async def revive(self) -> None:
         """Another operator. That the first one is dead is known, so nobody need wait until its Lease has run out."""
-        last = [seen for seen in self.proxy.requests if decides(seen)][-1]
-        self.deaths[f"{last.method} {last.path.split('/')[-2 if last.method != 'POST' else -1]}"] += 1
         await asyncio.to_thread(self._site.stop_operator, kill=True)
         await self._bury()
         self.proxy.heal()
+        self._site.start_operator(self._kubeconfig)
+
+    async def replace(self) -> None:
+        """The operator dies of nothing that it did. What kills its successor stays as it is."""
+        await asyncio.to_thread(self._site.stop_operator, kill=True)
+        await self._bury()
         self._site.start_operator(self._kubeconfig)
 
     async def _bury(self) -> None:
         await asyncio.to_thread(self._site.cluster.request, "DELETE", LEASE)
 
     def written(self) -> int:
-        return sum(map(decides, self.proxy.requests))
+        """How many writes were asked for by plans so far."""
+        self._decided += sum(map(decides, self.proxy.requests[self._looked_at :]))
+        self._looked_at = len(self.proxy.requests)
+        return self._decided
+
+    def counted(self, of: Match, since: int) -> int:
+        """Those among all requests from the `since`-th on."""
+        return sum(map(of, self.proxy.requests[since:]))
 
     async def survived(self, crash: Crash) -> None:
         """It has died there, and another operator goes on."""
@@ -134,79 +161,23 @@ class Mortal:
                 await self.revive()
                 crash = None
             assert self._site.operator_lives, "the operator ended by itself"
-            found = matters(await outcome(self._scene))
             if self.written() != written:
                 written, since = self.written(), loop.time()
-            assert loop.time() < deadline, f"it did not come to rest: {difference(found, expected)}"
+            if loop.time() - since >= GLANCE_SECONDS or loop.time() >= deadline:
+                found = matters(await outcome(self.scene))
+            assert loop.time() < deadline, (
+                f"it did not come to rest: {difference(found, expected) or 'it goes on writing'}"
+            )
         self.proxy.heal()
 
 
-def difference(found: Any, expected: Any) -> str:
-    lines = [
-        f"{part}:\n  is   {json.dumps(found[part], default=str)}\n  not  {json.dumps(expected[part], default=str)}"
-        for part in expected
-        if found[part] != expected[part]
-    ]
-    return "\n".join(lines) or "it went on writing"
-
-
-async def outcome(scene: Scene) -> dict[str, Any]:
-    """What matters of the site: all but names, times and epochs, and which node a replica came to."""
-    site, namespace = scene.site, scene.namespace
-    factories = (await site.get("tf", namespace=namespace))["items"]
-    hall = await site.status("pd", "hall")
-    domains = (await site.get("pd"))["items"]
-    sheets = {each["metadata"]["name"]: each["spec"] for each in (await site.get("sheet"))["items"]}
-    nodes = (await site.get("gn"))["items"]
-    deployments = (await site.get("deploy", namespace=namespace))["items"]
-    services = (await site.get("svc", namespace=namespace))["items"]
-    pods = (await site.get("pods", namespace=namespace))["items"]
-    grants = [grant for node in nodes for grant in node["spec"].get("pods", [])]
-    return {
-        "factories": {each["metadata"]["name"]: _factory(each) for each in factories},
-        "limit": hall.get("limit"),
-        "charge": watts(hall.get("charge", "0W")),
-        "domains": {each["metadata"]["name"]: _conditions(each["status"]) for each in domains if "status" in each},
-        "sheet": sorted((cap["class"], cap["cap"]) for cap in sheets["hall"].get("caps", [])) if "hall" in sheets else [],
-        "grants": sorted((grant["class"], grant.get("released", False)) for grant in grants),
-        "deployments": sorted(_deployment(each) for each in deployments),
-        "services": sorted(each["metadata"]["name"] for each in services),
-        "pods": sorted(_pod(each) for each in pods),
-        "caps": sorted(
-            (gpu.get("class", ""), gpu["enforcedMilliwatts"]) for node in nodes for gpu in node["status"].get("gpus", [])
-        ),
-        "modes": sorted({node["status"].get("mode", "") for node in nodes}),
-    }  # fmt: skip
-
-
-def _factory(found: dict[str, Any]) -> Any:
-    status = found.get("status", {})
-    return {
-        "seen": status.get("observedGeneration") == found["metadata"]["generation"],
-        "ready": status.get("ready"),
-        "charge": status.get("charge"),
-        "budget": status.get("budget"),
-        "conditions": _conditions(status),
-        "models": [
-            [each.get(part) for part in ("name", "ready", "desired", "cap", "charge")]
-            for each in status.get("models", [])
-        ],
-        "waiting": sorted(each["reason"] for each in status.get("waiting", [])),
-    }
-
-
-def _conditions(status: dict[str, Any]) -> list[list[str]]:
-    return sorted([each["type"], each["status"], each["reason"]] for each in status.get("conditions", []))
-
-
-def _deployment(found: dict[str, Any]) -> list[Any]:
-    image = found["spec"]["template"]["spec"]["containers"][0]["image"]
-    return [found["metadata"]["name"], found["spec"]["replicas"], image]
-
-
-def _pod(found: dict[str, Any]) -> list[Any]:
-    labels = found["metadata"]["labels"]
-    ready = any(
-        each["type"] == "Ready" and each["status"] == "True" for each in found["status"].get("conditions", [])
-    )
-    return [labels.get("tokenfactory.dev/model", ""), ready, bool(found["spec"].get("schedulingGates"))]
+def kind_of(seen: Seen) -> str:
+    """What a write was: its verb and what it was of, without names."""
+    parts = seen.path.strip("/").split("/")
+    parts = parts[2:] if parts[0] == "api" else parts[3:]
+    if parts[0] == "namespaces" and len(parts) > 2:
+        parts = parts[2:]
+    what = "/".join([parts[0], *parts[2:]])
+    if seen.path.endswith(f"/{renewal_name(ROOT)}"):
+        what += " (renewal)"
+    return f"{seen.method} {what}" + (" (asked)" if "dryRun" in seen.query else "")

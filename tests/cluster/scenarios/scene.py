@@ -113,6 +113,8 @@ class Scene:
     async def end(self) -> None:
         await self.kubectl("delete", "tf", "--all", "-A", "--timeout=120s")
         await self.until("all replicas to be gone", self.empty)
+        self.site.check_sampler()
+        assert self.site.samples, "nobody looked at what the hardware may draw"
         broken, self.site.breaches[:] = [str(breach) for breach in self.site.breaches], []
         assert broken == []
 

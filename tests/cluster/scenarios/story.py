@@ -1,63 +1,284 @@
-"""Five chapters of a factory's life: what is changed in each, and what a fresh deploy of its end would be."""
+"""Chapters of a factory's life, each with the way back: what is changed, and what a fresh deploy of its end would be."""
+
+from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from tests.cluster.scenarios.crashes import Mortal, outcome
-from tests.cluster.scenarios.scene import Scene, model
+from tests.cluster.scenarios.crashes import Mortal, decides, signs
+from tests.cluster.scenarios.outcome import outcome
+from tests.cluster.scenarios.scene import RACK, Scene, domain, hall, model, plan
+
+from tokenfactory.twin.demo import storage
+from tokenfactory.twin.faultproxy import Match, Seen, writes
 
 CUT = "8.8kW"
 """Both models go on below it, at caps that a fresh deploy gets as well."""
-Change = Callable[[Scene], Awaitable[None]]
+Change = Callable[[Mortal], Awaitable[None]]
+Looks = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-async def applied(scene: Scene) -> None:
+@dataclass(frozen=True)
+class Chapter:
+    """What is changed, and which of the writes that it brings about are counted."""
+
+    name: str
+    change: Change
+    fresh: tuple[Change, ...] | None = None
+    """What somebody would deploy on an empty site who wants what this ends with. None where nobody can: a node is lost.
+    Then it must end as it does when no operator dies."""
+    counts: Match | None = decides
+    """None: it only leads back, and nobody dies."""
+    changed_first: bool = False
+    """Only what is written after the change counts: it is an operator that is new."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Chapters that lead back to where they begin, so that they can be gone through again and again."""
+
+    name: str
+    begin: tuple[Change, ...]
+    chapters: tuple[Chapter, ...]
+    reset: tuple[Change, ...] = field(default=())
+    """Before each further round, with an operator that lives: what remembers the last one is made anew."""
+
+
+async def applied(mortal: Mortal) -> None:
+    scene = mortal.scene
     await scene.apply(scene.factory(model("one", replicas=2), model("two", replicas=1, band=90)))
 
 
-async def cut(scene: Scene) -> None:
-    await scene.limit(CUT)
+async def cut(mortal: Mortal) -> None:
+    await mortal.scene.limit(CUT)
 
 
-async def one_removed(scene: Scene) -> None:
+async def one_removed(mortal: Mortal) -> None:
+    scene = mortal.scene
     await scene.apply(scene.factory(model("one", replicas=2)))
 
 
-async def restored(scene: Scene) -> None:
-    await scene.limit("14kW")
+async def rolled(mortal: Mortal) -> None:
+    """Another image for one model, another replica of the other."""
+    scene = mortal.scene
+    rolling = model("one", replicas=2, image="1.9.0", env="{name: NIM_LOG_LEVEL, value: DEBUG}")
+    await scene.apply(scene.factory(rolling, model("two", replicas=2, band=90)))
 
 
-async def deleted(scene: Scene) -> None:
-    await scene.mine("delete", "tf", "--all", "--wait=false")
+async def restored(mortal: Mortal) -> None:
+    await mortal.scene.limit("14kW")
 
 
-STORY: dict[str, tuple[Change, tuple[Change, ...]]] = {
-    "apply": (applied, (restored, applied)),
-    "cut": (cut, (cut, applied)),
-    "model removed": (one_removed, (cut, one_removed)),
-    "restore": (restored, (restored, one_removed)),
-    "delete": (deleted, (restored,)),
-}
-"""Each chapter's change, and what a fresh deploy of what it ends with would be."""
+async def deleted(mortal: Mortal) -> None:
+    await mortal.scene.mine("delete", "tf", "--all", "--wait=false")
 
 
-async def emptied(scene: Scene) -> None:
-    await deleted(scene)
+async def grouped(mortal: Mortal) -> None:
+    """One replica that takes two whole nodes."""
+    scene = mortal.scene
+    await scene.apply(scene.factory(spanning(1)))
+
+
+def spanning(replicas: int) -> str:
+    """Two nodes each, whole ones."""
+    return model("huge", replicas=replicas).replace(
+        "gpusPerReplica: 2", "gpusPerReplica: 4\n    nodesPerReplica: 2"
+    )
+
+
+async def stored(mortal: Mortal) -> None:
+    """Applied, with a cache that is kept."""
+    scene = mortal.scene
+    await scene.apply(storage(scene.site.fleet.claims, scene.namespace))
+    await scene.apply(scene.factory(model("one", replicas=1) + "\n    checkpoint: {claim: model-cache}"))
+
+
+async def empty_rack(mortal: Mortal) -> None:
+    await mortal.scene.apply(domain("rack-3", "10kW", parent="hall", rack="r3"))
+
+
+async def new_rack(mortal: Mortal) -> None:
+    """A node moves to a rack that is new."""
+    await empty_rack(mortal)
+    await labelled(mortal.scene, "r3")
+
+
+async def old_rack(mortal: Mortal) -> None:
+    await labelled(mortal.scene, "r2")
+
+
+async def no_rack(mortal: Mortal) -> None:
+    await mortal.scene.kubectl("delete", "pd", "rack-3", "--wait=false")
+
+
+async def labelled(scene: Scene, rack: str) -> None:
+    if scene.site.fleet.nodes["gpu-4"].plan.labels[RACK] == rack:
+        return
+    await scene.kubectl("label", "node", "gpu-4", f"{RACK}={rack}", "--overwrite")
+    scene.site.fleet.nodes["gpu-4"].plan.labels[RACK] = rack
+
+
+async def edged(mortal: Mortal) -> None:
+    """A factory for a room in which there is no node yet."""
+    scene = mortal.scene
+    await scene.apply(scene.factory(model("one", replicas=1)).replace("models:", "nodeSelector: {room: annex}\n  models:"))  # fmt: skip
+
+
+async def joined(mortal: Mortal) -> None:
+    fifth = plan(5, "r1")
+    await mortal.scene.site.fleet.add(type(fifth)(fifth.name, {**fifth.labels, "room": "annex"}, gpus=4))
+
+
+async def died(mortal: Mortal) -> None:
+    """The node is gone at once, with all that it ran; a person says that it is off."""
+    scene = mortal.scene
+    await scene.site.fleet.kill_node("gpu-5")
+    await scene.kubectl("delete", "node", "gpu-5")
+    boot = (await scene.site.get("gn", "gpu-5"))["status"]["bootID"]
+    await scene.site.fleet.remove("gpu-5")
+    word = {"method": "Person", "by": "test", "at": "2026-11-21T12:00:00Z", "bootID": boot}
+    await scene.patch("gn", "gpu-5", {"spec": {"fence": word}}, namespaced=False)
+
+
+async def unbindable(mortal: Mortal) -> None:
+    """The nodes of one rack take no pod: kube-scheduler knows why, and the operator does not."""
+    await _cores(mortal.scene, "1m")
+    await one_removed(mortal)
+
+
+async def bindable(mortal: Mortal) -> None:
+    await _cores(mortal.scene, "64")
+    await deleted(mortal)
+
+
+async def _cores(scene: Scene, count: str) -> None:
+    for name in ("gpu-1", "gpu-2"):
+        change = f'{{"status":{{"allocatable":{{"cpu":"{count}"}}}}}}'
+        await scene.kubectl("patch", "node", name, "--subresource=status", "--type=merge", "-p", change)
+
+
+async def succeeded(mortal: Mortal) -> None:
+    """Another operator takes over from one that is dead, and nothing else changes."""
+    await mortal.replace()
+
+
+def of_pods(seen: Seen) -> bool:
+    """Gates and deletions."""
+    return writes(seen) and "/pods/" in seen.path
+
+
+def of_checkpoints(seen: Seen) -> bool:
+    return writes(seen) and "/checkpoints" in seen.path
+
+
+ROUNDS = {
+    each.name: each
+    for each in (
+        Round("factory", (), (Chapter("apply", applied, (applied,)), Chapter("delete", deleted, ()))),
+        Round(
+            "group",
+            (),
+            (Chapter("apply a group", grouped, (grouped,)), Chapter("delete a group", deleted, ())),
+        ),
+        Round(
+            "rollout",
+            (applied,),
+            (Chapter("rollout", rolled, (rolled,)), Chapter("roll back", applied, (applied,))),
+        ),
+        Round(
+            "model",
+            (applied,),
+            (
+                Chapter("model removed", one_removed, (one_removed,)),
+                Chapter("model added", applied, (applied,)),
+            ),
+        ),
+        Round(
+            "limit",
+            (applied,),
+            (Chapter("cut", cut, (cut, applied)), Chapter("restore", restored, (applied,))),
+        ),
+        Round(
+            "rack",
+            (applied,),
+            (
+                Chapter("a node moves to a new rack", new_rack, (new_rack, applied)),
+                Chapter("it moves back", old_rack, (empty_rack, applied)),
+                Chapter("the rack is deleted", no_rack, (applied,)),
+            ),
+        ),
+        Round(
+            "node",
+            (edged,),
+            (Chapter("a node joins", joined, (joined, edged)), Chapter("a node dies", died)),
+            reset=(deleted, edged),
+        ),
+        Round(
+            "refusal",
+            (),
+            (
+                Chapter("kube-scheduler refuses", unbindable, (one_removed,), of_pods),
+                Chapter("cores are back", bindable, (), None),
+            ),
+        ),
+        Round(
+            "checkpoint",
+            (),
+            (
+                Chapter("a cache is saved", stored, (stored,), of_checkpoints),
+                Chapter("nobody needs it", deleted, (), None),
+            ),
+        ),
+        Round(
+            "signs", (), (Chapter("apply, of signs", applied, (applied,), signs), Chapter("delete it", deleted, (), None))
+        ),
+        Round(
+            "failover",
+            (applied,),
+            (Chapter("another operator", succeeded, (applied,), writes, changed_first=True),),
+        ),
+    )
+}  # fmt: skip
+
+
+async def emptied(mortal: Mortal) -> None:
+    """No factory, and the site as it was at first."""
+    scene = mortal.scene
+    await deleted(mortal)
     await scene.until("the site to be empty", scene.empty)
-    await restored(scene)
+    if "gpu-5" in scene.site.fleet.nodes:
+        await died(mortal)
+        await scene.until("the fifth node to be retired", lambda: _gone(scene, "gn", "gpu-5"))
+    await labelled(scene, "r2")
+    await scene.until("the third rack to be deleted", lambda: _no_third_rack(scene))
+    await scene.apply(hall())
 
 
-async def fresh(scene: Scene, mortal: Mortal, steps: tuple[Change, ...]) -> dict[str, Any]:
+async def _gone(scene: Scene, kind: str, name: str) -> bool:
+    return name not in {each["metadata"]["name"] for each in (await scene.site.get(kind))["items"]}
+
+
+async def _no_third_rack(scene: Scene) -> bool:
+    """Its deletion is refused while a node is there."""
+    if not await _gone(scene, "pd", "rack-3"):
+        await scene.kubectl("delete", "pd", "rack-3", "--ignore-not-found", "--wait=false", check=False)
+        return False
+    return await _gone(scene, "sheet", "rack-3")
+
+
+async def fresh(mortal: Mortal, steps: tuple[Change, ...]) -> dict[str, Any]:
     """What there is once that was deployed on an empty site and nothing is written any more."""
-    await emptied(scene)
+    await emptied(mortal)
     for step in steps:
-        await step(scene)
-    await told(scene, mortal)
-    return await outcome(scene)
+        await step(mortal)
+    await told(mortal)
+    return await outcome(mortal.scene)
 
 
-async def told(scene: Scene, mortal: Mortal) -> None:
+async def told(mortal: Mortal) -> None:
     """Until the operator has seen what there is now, and has nothing more to write about it."""
+    scene = mortal.scene
 
     async def seen() -> bool:
         found = [

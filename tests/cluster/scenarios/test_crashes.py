@@ -11,7 +11,7 @@ import random
 import pytest
 from tests.cluster.scenarios.crashes import Mortal, Point
 from tests.cluster.scenarios.scene import Scene
-from tests.cluster.scenarios.story import STORY, emptied, fresh
+from tests.cluster.scenarios.story import applied, cut, emptied, fresh, one_removed
 from tests.cluster.scenarios.walk import Walker, walk_of
 
 pytestmark = [
@@ -20,18 +20,18 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 SEED = int(os.environ.get("SEED", "1"))
-CHAPTERS = {"apply": 8, "cut": 3, "model removed": 6}
+CHAPTERS = {applied: 8, cut: 3, one_removed: 6}
 """And how many writes each has at the very least: a cut is a sheet for each domain."""
 
 
 async def test_killed_at_a_write_of_each_chapter_the_end_is_that_of_a_fresh_deploy(scene: Scene):
     chosen = random.Random(SEED)
     async with Mortal(scene) as mortal:
-        expected = await fresh(scene, mortal, STORY["model removed"][1])
-        await emptied(scene)
-        for name, writes in CHAPTERS.items():
+        expected = await fresh(mortal, (cut, one_removed))
+        await emptied(mortal)
+        for change, writes in CHAPTERS.items():
             crash = mortal.dies_at(Point(chosen.randint(1, writes), landed=chosen.random() < 0.5))
-            await STORY[name][0](scene)
+            await change(mortal)
             await mortal.survived(crash)
             await scene.ready()
         await mortal.rested(expected)
@@ -41,5 +41,5 @@ async def test_killed_at_a_write_of_each_chapter_the_end_is_that_of_a_fresh_depl
 async def test_a_walk_of_valid_specs_ends_as_a_fresh_deploy_of_the_last(scene: Scene):
     steps = walk_of(SEED, 5)
     async with Mortal(scene) as mortal:
-        await Walker(scene, mortal).follow(steps)
+        await Walker(mortal).follow(steps)
     assert mortal.deaths.total() >= 1

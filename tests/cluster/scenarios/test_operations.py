@@ -1,13 +1,14 @@
 """What people, nodes and other programs do to a running factory."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 from collections import Counter
 from typing import Any
 
 import pytest
-from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, OPERATOR, Scene, model, plan
+from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, OPERATOR, Scene, hall, model, plan
 
 from tokenfactory.api.cap_sheet import renewal_name
 
@@ -21,19 +22,24 @@ LEASE = "tokenfactory-operator"
 
 
 async def test_a_rollout_replaces_every_replica_within_the_budget(scene: Scene):
+    """The limit has room for three replicas at full caps, and for nothing of a fourth."""
+    await scene.apply(hall("9.7kW"))
     await scene.apply(scene.factory(model(replicas=3, env="{name: NIM_LOG_LEVEL, value: DEBUG}")))
     await scene.ready()
+    await scene.until("full caps", lambda: full(scene, "llama", 3))
     before = {pod["metadata"]["uid"] for pod in await scene.serving(3)}
     await scene.apply(scene.factory(model(replicas=3, image="1.9.0")))
 
     async def rolled() -> bool:
         pods = await scene.replicas()
         images = {pod["spec"]["containers"][0]["image"].rsplit(":")[-1] for pod in pods}
+        assert len(pods) <= 3, "no surge"
         variables = {each["name"] for pod in pods for each in pod["spec"]["containers"][0]["env"]}
         return len(pods) == 3 and images == {"1.9.0"} and "NIM_LOG_LEVEL" not in variables
 
     await scene.until("all replicas to run the new image, without the variable that went", rolled)
     await scene.ready()
+    await scene.until("full caps again", lambda: full(scene, "llama", 3))
     assert not before & {pod["metadata"]["uid"] for pod in await scene.serving(3)}
 
 
@@ -309,6 +315,44 @@ async def test_what_others_write_stays_and_what_is_ours_is_put_right(scene: Scen
     assert (await scene.site.get("tf", "chat", namespace=scene.namespace))["metadata"]["labels"][
         "cost-center"
     ] == "42"
+
+
+async def test_whoever_writes_between_every_look_and_write_of_ours_delays_it_and_no_more(scene: Scene):
+    """Somebody changes every GPUNode, pod and factory all the time, so that writes over what was seen are refused."""
+    log = scene.site.folder / "operator.log"
+    refused = log.read_text().count("write refused")
+    stop = asyncio.Event()
+    busybody = asyncio.create_task(annotate(scene, stop))
+    try:
+        await scene.apply(scene.factory(model(replicas=3)))
+        await scene.ready()
+        await scene.apply(scene.factory(model(replicas=1, image="1.9.0")))
+        await scene.ready()
+    finally:
+        stop.set()
+        await busybody
+    assert log.read_text().count("write refused") > refused, "nobody was in the way of anybody"
+    pods = await scene.serving(1)
+    assert pods[0]["spec"]["containers"][0]["image"].endswith(":1.9.0")
+    factory = await scene.site.get("tf", "chat", namespace=scene.namespace)
+    assert int(factory["metadata"]["annotations"]["example.org/count"]) > 3
+
+
+async def annotate(scene: Scene, stop: asyncio.Event) -> None:
+    """One after the other, without a pause."""
+    request, ours = scene.site.cluster.request, "/apis/tokenfactory.dev/v1alpha1"
+    for count in itertools.count(1):
+        pods = await scene.site.get("pods", namespace=scene.namespace)
+        paths = [f"{ours}/gpunodes/gpu-{number}" for number in range(1, 5)]
+        paths.append(f"{ours}/namespaces/{scene.namespace}/tokenfactories/chat")
+        paths += [
+            f"/api/v1/namespaces/{scene.namespace}/pods/{pod['metadata']['name']}" for pod in pods["items"]
+        ]
+        for path in paths:
+            if stop.is_set():
+                return
+            change = {"metadata": {"annotations": {"example.org/count": str(count)}}}
+            await asyncio.to_thread(request, "PATCH", path, change)
 
 
 async def test_a_settled_factory_costs_no_write_but_leases_and_renewals(scene: Scene):

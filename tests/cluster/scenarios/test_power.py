@@ -1,5 +1,6 @@
 """A factory's watts, from the first apply to the last: what is served inside which limit, and what is said of it."""
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
 ]
+LACKING = re.compile(r"\b0/4 nodes: .*\bin hall need [0-9.]+k?W more")
+"""How a pod is told which limit has no watts for it, and how many are missing."""
 
 
 async def test_a_first_apply_becomes_ready_and_kubectl_wait_sees_it(scene: Scene):
@@ -25,7 +28,7 @@ async def test_a_first_apply_becomes_ready_and_kubectl_wait_sees_it(scene: Scene
 
 
 async def test_a_budget_too_small_serves_the_higher_band_and_says_what_is_missing(scene: Scene):
-    await scene.apply(hall("7.7kW"))
+    await scene.apply(hall("8.3kW"))
     await scene.apply(scene.factory(model("vital", replicas=2, band=90), model("bulk", replicas=4, band=10)))
     await scene.serving(2, model="vital")
 
@@ -37,13 +40,48 @@ async def test_a_budget_too_small_serves_the_higher_band_and_says_what_is_missin
         return status if settled and ready["bulk"] < 4 else None
 
     status = await scene.until("the factory to say why it is not Ready", told)
-    assert status["waiting"]
+    ready = {each["name"]: each.get("ready", 0) for each in status["models"]}
+    assert 0 < ready["bulk"] < 4, "service is partial, not all or nothing"
+    assert len(status["waiting"]) == 4 - ready["bulk"]
     for entry in status["waiting"]:
         assert entry["what"].startswith("chat-bulk-")
-        assert "hall" in entry["message"]
-    waits = {event["note"] for event in await scene.said("Pod", "chat-bulk") if event["type"] == "Warning"}
-    assert {entry["message"] for entry in status["waiting"]} <= waits
-    assert scene.drawing() <= 7700
+        assert entry["reason"] == "InsufficientPower"
+        assert LACKING.search(entry["message"]), entry["message"]
+    verdicts = {each["type"]: each for each in status["conditions"]}
+    assert (verdicts["Ready"]["status"], verdicts["Ready"]["reason"]) == ("False", "InsufficientPower")
+    assert verdicts["Ready"]["message"].startswith(f"{2 + ready['bulk']} of 6 replicas serve; chat-bulk-")
+    assert LACKING.search(verdicts["Ready"]["message"])
+    assert (verdicts["WithinBudget"]["status"], verdicts["WithinBudget"]["reason"]) == (
+        "True",
+        "WithinBudget",
+    )
+    waits = {
+        (event["reason"], event["note"])
+        for event in await scene.said("Pod", "chat-bulk")
+        if event["type"] == "Warning"
+    }
+    assert {("InsufficientPower", entry["message"]) for entry in status["waiting"]} <= waits
+    assert scene.drawing() <= 8300
+
+
+async def test_a_gpu_that_may_draw_more_than_anybody_allowed_is_seen(scene: Scene):
+    """What all scenarios rely on: the simulated GPUs' own limits are looked at, not what anybody says of them."""
+    await scene.apply(domain("rack-1", "4kW", parent="hall", rack="r1"))
+    node = scene.site.fleet.nodes["gpu-1"]
+    node.hollow.held["somebody"] = tuple(node.enforced_watts())
+
+    async def seen() -> bool:
+        for gpu in node.hardware.gpus:
+            gpu.set(requested_mw=700_000)
+        return bool(scene.site.breaches)
+
+    try:
+        await scene.until("the breach to be seen", seen)
+        assert {breach.domain for breach in scene.site.breaches} == {"rack-1"}
+    finally:
+        del node.hollow.held["somebody"]
+        await scene.until("the agent to have put it right", lambda: put_right(scene))
+        scene.site.breaches.clear()
 
 
 async def test_a_budget_is_halved_and_restored_under_load(scene: Scene):
@@ -112,6 +150,11 @@ async def test_a_factory_that_may_not_draw_is_told_which_grant_is_missing(scene:
 async def full(scene: Scene, count: int) -> bool:
     pods = await scene.replicas()
     return len(pods) == count and set(scene.caps(pods)) == {FULL_WATTS}
+
+
+async def put_right(scene: Scene) -> bool:
+    """Every GPU on which nothing runs is at its minimum."""
+    return set(scene.site.fleet.nodes["gpu-1"].enforced_watts().values()) == {200.0}
 
 
 async def compliant(scene: Scene, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Random histories of a site: factories with specs drawn from their CRD's schema, limits, cordons, dying operators."""
+"""Random histories of a site: factories and its hall with specs drawn from their CRDs' schemas, cordons, dying operators."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tests.cluster.scenarios.crashes import Mortal, Point, outcome
-from tests.cluster.scenarios.scene import Scene
+from tests.cluster.scenarios.crashes import Mortal, Point
+from tests.cluster.scenarios.outcome import outcome
+from tests.cluster.scenarios.scene import hall
 from tests.cluster.scenarios.story import emptied, told
-from tests.unit.controller.specs import specs
+from tests.unit.controller.specs import FACTORY, SPANNING, domain_specs, specs
 
 from tokenfactory.twin.demo import storage
 from tokenfactory.twin.faultproxy import Crash
@@ -22,19 +23,23 @@ MEASURED = {"EfficiencyMet", "SLOMet"}
 Step = tuple[Any, ...]
 
 _names = st.sampled_from(["chat", "search"])
-_steps = st.one_of(
-    st.tuples(st.just("apply"), _names, specs()),
-    st.tuples(st.just("apply"), _names, specs()),
-    st.tuples(st.just("delete"), _names),
-    st.tuples(st.just("hall"), st.sampled_from(["7kW", "8kW", "10kW", AMPLE])),
-    st.tuples(st.just("cordon"), st.integers(1, 4), st.booleans()),
-    st.tuples(st.just("crash"), st.integers(1, 12), st.booleans()),
-    st.tuples(st.just("writes"), st.integers(1, 15)),
-)
 
 
-def walk_of(number: int, length: int) -> list[Step]:
-    """The `number`-th walk: always the same. It begins with a factory, and an operator dies in it."""
+def walk_of(number: int, length: int, *, groups: bool = False) -> list[Step]:
+    """The `number`-th walk: always the same. It begins with a factory, and an operator dies in it.
+
+    `groups`: LeaderWorkerSets can be had.
+    """
+    factories = specs(values=SPANNING if groups else FACTORY)
+    steps = st.one_of(
+        st.tuples(st.just("apply"), _names, factories),
+        st.tuples(st.just("apply"), _names, factories),
+        st.tuples(st.just("delete"), _names),
+        st.tuples(st.just("hall"), domain_specs()),
+        st.tuples(st.just("cordon"), st.integers(1, 4), st.booleans()),
+        st.tuples(st.just("crash"), st.integers(1, 12), st.booleans()),
+        st.tuples(st.just("writes"), st.integers(1, 15)),
+    )
     found: list[list[Step]] = []
 
     @seed(number)
@@ -42,9 +47,9 @@ def walk_of(number: int, length: int) -> list[Step]:
         max_examples=12, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     @given(
-        st.tuples(_names, specs()),
+        st.tuples(_names, factories),
         st.tuples(st.integers(1, 12), st.booleans()),
-        st.lists(_steps, min_size=length, max_size=length),
+        st.lists(steps, min_size=length, max_size=length),
     )
     def take(first: tuple[Any, ...], crash: tuple[Any, ...], more: list[Step]) -> None:
         found.append([("crash", *crash), ("apply", *first), *more])
@@ -86,8 +91,8 @@ def last_specs(steps: Iterable[Step]) -> dict[str, Any]:
 
 
 class Walker:
-    def __init__(self, scene: Scene, mortal: Mortal) -> None:
-        self._scene = scene
+    def __init__(self, mortal: Mortal) -> None:
+        self._scene = mortal.scene
         self._mortal = mortal
         self._crash: Crash | None = None
 
@@ -95,32 +100,33 @@ class Walker:
         """Then all is made ample again, and what there is must be what a fresh deploy of the last specs gives."""
         await self._scene.apply(storage(self._scene.site.fleet.claims, self._scene.namespace))
         expected = await self._fresh(last_specs(steps))
-        await emptied(self._scene)
+        await emptied(self._mortal)
         for step in steps:
             await self._take(step)
             await self._tend()
         for number in range(1, 5):
             await self._take(("cordon", number, False))
-        await self._take(("hall", AMPLE))
+        await self._scene.apply(hall(AMPLE))
         await self._mortal.rested(expected, self._crash, lasting)
         assert self._scene.site.breaches == []
 
     async def _fresh(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        await self._take(("hall", AMPLE))
+        await self._scene.apply(hall(AMPLE))
         for name, spec in wanted.items():
             await self._take(("apply", name, spec))
-        await told(self._scene, self._mortal)
+        await told(self._mortal)
         return lasting(await outcome(self._scene))
 
     async def _take(self, step: Step) -> None:
         scene = self._scene
         match step:
             case ("apply", name, spec):
-                await scene.apply(factory(name, scene.namespace, spec))
+                meta = {"name": name, "namespace": scene.namespace}
+                await scene.apply(manifest("TokenFactory", meta, spec))
             case ("delete", name):
                 await scene.mine("delete", "tf", name, "--ignore-not-found", "--wait=false")
-            case ("hall", limit):
-                await scene.limit(limit)
+            case ("hall", spec):
+                await scene.apply(manifest("PowerDomain", {"name": "hall"}, spec))
             case ("cordon", number, on):
                 await scene.kubectl("cordon" if on else "uncordon", f"gpu-{number}")
             case ("crash", number, landed) if self._crash is None:
@@ -143,7 +149,6 @@ def lasting(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "factories": factories}
 
 
-def factory(name: str, namespace: str, spec: dict[str, Any]) -> str:
-    meta = {"name": name, "namespace": namespace}
-    kind = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": "TokenFactory"}
-    return json.dumps({**kind, "metadata": meta, "spec": spec})
+def manifest(kind: str, meta: dict[str, str], spec: dict[str, Any]) -> str:
+    head = {"apiVersion": "tokenfactory.dev/v1alpha1", "kind": kind}
+    return json.dumps({**head, "metadata": meta, "spec": spec})
