@@ -53,6 +53,7 @@ LEAST_DEATHS = frozenset(
         "POST capsheets", "PUT capsheets", "DELETE capsheets", "PUT capsheets (renewal)",
         "POST gpunodes", "PUT gpunodes", "DELETE gpunodes", "PATCH nodes", "PATCH pods", "DELETE pods",
         "PATCH deployments", "DELETE deployments", "PATCH services", "DELETE services", "PATCH leaderworkersets",
+        "DELETE leaderworkersets",
         "PATCH powerdomains/status", "PATCH tokenfactories/status", "PATCH checkpoints",
         "POST events", "POST leases", "PUT leases", "POST deployments (asked)",
     }
@@ -84,6 +85,8 @@ class Score:
     walks: int = 0
     samples: int = 0
     skipped: int = 0
+    finished: int = 0
+    """Tasks, as a whole or as far as they could be."""
 
 
 class Worker:
@@ -99,11 +102,8 @@ class Worker:
         self._sampled = 0
 
     async def run(self, tasks: Any) -> None:
-        task = None
-        while True:
-            task = task or _next(tasks)
-            if task is None:
-                return
+        task: Task | None = tasks.get()
+        while task is not None:
             site_folder = self._folder / f"site-{next(self._sites)}"
             self._known.clear()
             self._sampled = 0
@@ -111,21 +111,28 @@ class Worker:
                 async with _site(site_folder) as mortal:
                     while task is not None:
                         await self._take(mortal, task)
-                        task = _next(tasks)
+                        task = self._next(tasks)
             except Exception as error:
-                task = self._failed(task, error, site_folder)
+                goes_on = self._goes_on(task, error, site_folder)
+                if task is not None and not goes_on:
+                    task = self._next(tasks)
             else:
                 shutil.rmtree(site_folder, ignore_errors=True)
 
-    def _failed(self, task: Task | None, error: Exception, folder: Path) -> Task | None:
-        """The same task goes on with a new site where a point of it failed; anything else ends it."""
+    def _next(self, tasks: Any) -> Task | None:
+        self._tell("finished")
+        task: Task | None = tasks.get()
+        return task
+
+    def _goes_on(self, task: Task | None, error: Exception, folder: Path) -> bool:
+        """With the rest of the same task, on a new site, where a point of it failed; anything else ends it."""
         if isinstance(error, PointError):
             self._tell("failure", key=error.key, text=f"{error} (logs: {folder})")
             self._done |= {error.key}
-            return None if error.key.endswith(UNDISTURBED) else task
+            return not error.key.endswith(UNDISTURBED)
         text = "".join(traceback.format_exception(error, limit=-4))
         self._tell("failure", key=str(task), text=f"{task}: {text} (logs: {folder})")
-        return None
+        return False
 
     def _tell(self, what: str, **more: Any) -> None:
         self._answers.put({"what": what, **more})
@@ -276,14 +283,6 @@ def _key(chapter: Chapter, point: Point | None) -> str:
     return f"{chapter.name}, killed {point}" if point is not None else f"{chapter.name}, {UNDISTURBED}"
 
 
-def _next(tasks: Any) -> Task | None:
-    try:
-        task: Task = tasks.get(timeout=1)
-    except queue.Empty:
-        return None
-    return task
-
-
 @asynccontextmanager
 async def _site(folder: Path) -> Any:
     with Cluster.up(folder / "cluster") as cluster:
@@ -316,7 +315,8 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
 def search(options: argparse.Namespace, record: Path | None, folder: Path, score: Score) -> None:
     context = multiprocessing.get_context("spawn")
     tasks, answers = context.Queue(), context.Queue()
-    for task in tasks_of(options):
+    wanted: list[Task | None] = [*tasks_of(options)]
+    for task in [*wanted, *[None] * options.workers]:
         tasks.put(task)
     workers = [
         context.Process(target=_work, args=(options, folder / f"worker-{number}", tasks, answers))
@@ -333,6 +333,8 @@ def search(options: argparse.Namespace, record: Path | None, folder: Path, score
             worker.terminate()
             worker.join(60)
     score.failures += [f"a worker ended with {each.exitcode}" for each in workers if each.exitcode]
+    if score.finished != len(wanted):
+        score.failures.append(f"only {score.finished} of {len(wanted)} tasks were gone through")
 
 
 def _answers(workers: Sequence[Any], answers: Any) -> Iterator[dict[str, Any]]:
@@ -349,6 +351,8 @@ def _take_in(score: Score, answer: dict[str, Any], began: float, record: Path | 
     match answer["what"]:
         case "say":
             say(answer["text"], began)
+        case "finished":
+            score.finished += 1
         case "skipped":
             score.skipped += answer["count"]
         case "failure":
@@ -398,7 +402,7 @@ def verdict(score: Score, options: argparse.Namespace, seconds: float) -> int:
     """The closing words, and 1 if anything is wrong."""
     for kind, count in sorted(score.deaths.items()):
         print(f"  died of {kind:<40}{count:>6}")  # noqa: T201
-    whole = not (options.only or options.points or score.skipped)
+    whole = not (options.only or options.points)
     missing = sorted(LEAST_DEATHS - set(score.deaths)) if whole else []
     if missing:
         score.failures.append(f"nobody died of: {', '.join(missing)}")
@@ -408,7 +412,7 @@ def verdict(score: Score, options: argparse.Namespace, seconds: float) -> int:
     print(  # noqa: T201
         f"crash: {'FAILED' if bad else 'ok'}: {score.points['before']} points before a write and "
         f"{score.points['after']} after it ({score.points['not reached']} beyond the last), {score.walks} walks, "
-        f"{score.deaths.total()} deaths, {len(score.failures)} divergences or failures, {len(score.breaches)} violations in "
+        f"{score.deaths.total()} deaths in all, {len(score.failures)} divergences or failures, {len(score.breaches)} violations in "
         f"{score.samples} samples, {score.skipped} gone through before, seed {options.seed}, {seconds:.0f} s"
     )
     return int(bad)
@@ -433,12 +437,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="take again what this commit has been through")
     options = parser.parse_args(arguments)
     record = record_of(options)
+    score = Score()
     options.done = []
     if record is not None and record.exists():
-        options.done = [json.loads(line)["key"] for line in record.read_text().splitlines()]
+        for line in map(json.loads, record.read_text().splitlines()):
+            options.done.append(line["key"])
+            score.deaths.update(line["deaths"])
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="crash-"))
-    score = Score()
     try:
         search(options, record, folder, score)
     except KeyboardInterrupt:

@@ -15,6 +15,8 @@ from tokenfactory.twin.faultproxy import Match, Seen, writes
 
 CUT = "8.8kW"
 """Both models go on below it, at caps that a fresh deploy gets as well."""
+STARVING = "6.1kW"
+"""The minimum of sixteen GPUs and the rest of four nodes are 6.4 kW."""
 Change = Callable[[Mortal], Awaitable[None]]
 Looks = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -70,6 +72,16 @@ async def restored(mortal: Mortal) -> None:
     await mortal.scene.limit("14kW")
 
 
+async def starved(mortal: Mortal) -> None:
+    """Less than every GPU's minimum, for longer than one waits before replicas go."""
+    await mortal.scene.limit(STARVING)
+
+
+async def fed(mortal: Mortal) -> None:
+    await deleted(mortal)
+    await restored(mortal)
+
+
 async def deleted(mortal: Mortal) -> None:
     await mortal.scene.mine("delete", "tf", "--all", "--wait=false")
 
@@ -78,6 +90,12 @@ async def grouped(mortal: Mortal) -> None:
     """One replica that takes two whole nodes."""
     scene = mortal.scene
     await scene.apply(scene.factory(spanning(1)))
+
+
+async def ungrouped(mortal: Mortal) -> None:
+    """The same model, on one node."""
+    scene = mortal.scene
+    await scene.apply(scene.factory(model("huge", replicas=1)))
 
 
 def spanning(replicas: int) -> str:
@@ -168,6 +186,11 @@ def of_pods(seen: Seen) -> bool:
     return writes(seen) and "/pods/" in seen.path
 
 
+def of_replicas(seen: Seen) -> bool:
+    """What takes them away: marks, evictions, and how many there should be."""
+    return of_pods(seen) or (writes(seen) and "/deployments/" in seen.path)
+
+
 def of_checkpoints(seen: Seen) -> bool:
     return writes(seen) and "/checkpoints" in seen.path
 
@@ -179,7 +202,11 @@ ROUNDS = {
         Round(
             "group",
             (),
-            (Chapter("apply a group", grouped, (grouped,)), Chapter("delete a group", deleted, ())),
+            (
+                Chapter("apply a group", grouped, (grouped,)),
+                Chapter("one node is enough", ungrouped, (ungrouped,)),
+                Chapter("it is deleted", deleted, (), None),
+            ),
         ),
         Round(
             "rollout",
@@ -220,6 +247,15 @@ ROUNDS = {
             (
                 Chapter("kube-scheduler refuses", unbindable, (one_removed,), of_pods),
                 Chapter("cores are back", bindable, (), None),
+            ),
+        ),
+        Round(
+            "shortage",
+            (),
+            (
+                Chapter("apply before it", applied, (applied,), None),
+                Chapter("a shortage that lasts", starved, None, of_replicas),
+                Chapter("it ends", fed, (), None),
             ),
         ),
         Round(

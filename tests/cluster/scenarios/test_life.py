@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from tests.cluster.scenarios.groups import leader_worker_sets
 from tests.cluster.scenarios.scene import FULL_WATTS, NAMESPACE, RACK, Scene, domain, model, plan
+from tests.cluster.scenarios.story import spanning
 from tests.cluster.scenarios.verbs import tried_in_vain, unused
 
 from tokenfactory.api import names
@@ -47,13 +48,6 @@ async def life(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]
             await scene.apply(SITE)
             await scene.until("every node to obey the hall's sheet", lambda: scene.obeyed("hall", 1))
             yield scene
-
-
-def spanning(replicas: int) -> str:
-    """Two nodes each, whole ones."""
-    return model("huge", replicas=replicas).replace(
-        "gpusPerReplica: 2", "gpusPerReplica: 4\n    nodesPerReplica: 2"
-    )
 
 
 async def test_a_model_that_spans_nodes_runs_as_a_group_once_groups_can_be_had(life: Scene):
