@@ -51,8 +51,9 @@ class _Feeding:
     """One domain at one moment: what its nodes may together draw, and what each of them adds to that."""
 
     limit_milliwatts: int
-    """For nodes: without the fixed load, which people state as they do the limit."""
+    """For its nodes: less the fixed loads, which people state as they do the limit."""
     drawing_milliwatts: int
+    fixed_milliwatts: int
     nodes: Mapping[str, NodeTruth]
 
     @property
@@ -74,7 +75,7 @@ def _feeding(
         mine = {node.name: node for node, feeding in fleet if name in feeding}
         total = sum(node.gpu_milliwatts + node.overhead_milliwatts for node in mine.values())
         fixed = sum(parse_power(by_name[below].spec.fixed_load) for below in by_name if name in lines[below])
-        found[name] = _Feeding(limit - fixed, total, mine)
+        found[name] = _Feeding(limit - fixed, total, fixed, mine)
     return found
 
 
@@ -89,15 +90,18 @@ def breaches(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], now: da
 
 def drawn(domains: Iterable[PowerDomain], nodes: Iterable[NodeTruth], now: datetime) -> dict[str, int]:
     """By domain, what its nodes may together draw, with its fixed loads, in milliwatts."""
-    return {name: feeding.drawing_milliwatts for name, feeding in _feeding(domains, nodes, now).items()}
+    return {
+        name: feeding.drawing_milliwatts + feeding.fixed_milliwatts
+        for name, feeding in _feeding(domains, nodes, now).items()
+    }
 
 
 @dataclass
 class BudgetWatch:
     """P1 from one look to the next. Only people bring a domain over its limit, and then it may only be left.
 
-    They do so by lowering the limit or stating more fixed load, and by racking a node, which draws there before anybody can know. From then on
-    what is drawn may fall and nothing else, until the limit holds again; and from then on it holds.
+    They do so by lowering the limit or stating more fixed load, and by racking a node, which draws there before anybody
+    can know. From then on what is drawn may fall and nothing else, until the limit holds again; and from then on it holds.
     """
 
     _last: dict[str, _Feeding] = field(default_factory=dict)
