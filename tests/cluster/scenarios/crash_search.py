@@ -204,7 +204,8 @@ class Worker:
             since = len(mortal.proxy.requests)
             await chapter.change(mortal)
             if chapter.name in ends:
-                await self._rested(mortal, _key(chapter, None), ends[chapter.name].expected)
+                begun = not chapter.changed_first
+                await self._rested(mortal, _key(chapter, None), ends[chapter.name].expected, begun=begun)
             else:
                 await told(mortal)
                 ends[chapter.name] = End(await outcome(mortal.scene))
@@ -241,16 +242,16 @@ class Worker:
             await chapter.change(mortal)
             if point is not None and chapter.changed_first:
                 crash = mortal.dies_at(point, kills)
-            await mortal.rested(ends[chapter.name].expected, crash)
+            await mortal.rested(ends[chapter.name].expected, crash, begun=not chapter.changed_first)
         except Exception as error:
             raise PointError(_key(chapter, point), error) from error
         if point is not None:
             died = crash is not None and crash.happened.is_set()
             self._passed(mortal, _key(chapter, point), died=died, landed=point.landed)
 
-    async def _rested(self, mortal: Mortal, key: str, expected: Any) -> None:
+    async def _rested(self, mortal: Mortal, key: str, expected: Any, *, begun: bool = True) -> None:
         try:
-            await mortal.rested(expected)
+            await mortal.rested(expected, begun=begun)
         except Exception as error:
             raise PointError(key, error) from error
 

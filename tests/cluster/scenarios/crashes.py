@@ -149,24 +149,30 @@ class Mortal:
         expected: Any,
         crash: Crash | None = None,
         matters: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found,
+        *,
+        begun: bool = True,
     ) -> None:
-        """Until all is as expected and nothing more is written; an operator that dies of `crash` is replaced."""
+        """Until all is as expected and nothing more is written; an operator that dies of `crash` is replaced.
+
+        Unless it has `begun`, and after such a death in any case, an operator must first write something.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE_SECONDS
         written, since = self.written(), loop.time()
         found = None
-        while found != expected or loop.time() - since < QUIET_SECONDS:
+        while not begun or found != expected or loop.time() - since < QUIET_SECONDS:
             await asyncio.sleep(0.25)
             if crash is not None and crash.happened.is_set():
                 await self.revive()
-                crash = None
+                crash, begun = None, False
             assert self._site.operator_lives, "the operator ended by itself"
             if self.written() != written:
+                begun = True
                 written, since = self.written(), loop.time()
             if loop.time() - since >= GLANCE_SECONDS or loop.time() >= deadline:
                 found = matters(await outcome(self.scene))
             assert loop.time() < deadline, (
-                f"it did not come to rest: {difference(found, expected) or 'it goes on writing'}"
+                f"it did not come to rest: {difference(found, expected) or ('it goes on writing' if begun else 'it does nothing')}"
             )
         self.proxy.heal()
 
