@@ -15,8 +15,6 @@ from tokenfactory.twin.faultproxy import Match, Seen, writes
 
 CUT = "8.8kW"
 """Both models go on below it, at caps that a fresh deploy gets as well."""
-STARVING = "6.1kW"
-"""The minimum of sixteen GPUs and the rest of four nodes are 6.4 kW."""
 Change = Callable[[Mortal], Awaitable[None]]
 Looks = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -70,16 +68,6 @@ async def rolled(mortal: Mortal) -> None:
 
 async def restored(mortal: Mortal) -> None:
     await mortal.scene.limit("14kW")
-
-
-async def starved(mortal: Mortal) -> None:
-    """Less than every GPU's minimum, for longer than one waits before replicas go."""
-    await mortal.scene.limit(STARVING)
-
-
-async def fed(mortal: Mortal) -> None:
-    await deleted(mortal)
-    await restored(mortal)
 
 
 async def deleted(mortal: Mortal) -> None:
@@ -186,11 +174,6 @@ def of_pods(seen: Seen) -> bool:
     return writes(seen) and "/pods/" in seen.path
 
 
-def of_replicas(seen: Seen) -> bool:
-    """What takes them away: marks, evictions, and how many there should be."""
-    return of_pods(seen) or (writes(seen) and "/deployments/" in seen.path)
-
-
 def of_checkpoints(seen: Seen) -> bool:
     return writes(seen) and "/checkpoints" in seen.path
 
@@ -247,15 +230,6 @@ ROUNDS = {
             (
                 Chapter("kube-scheduler refuses", unbindable, (one_removed,), of_pods),
                 Chapter("cores are back", bindable, (), None),
-            ),
-        ),
-        Round(
-            "shortage",
-            (),
-            (
-                Chapter("apply before it", applied, (applied,), None),
-                Chapter("a shortage that lasts", starved, None, of_replicas),
-                Chapter("it ends", fed, (), None),
             ),
         ),
         Round(

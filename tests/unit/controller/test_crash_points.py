@@ -80,6 +80,8 @@ STORIES = {
     "cut": Story((*THREE, site(), factory()), (site("3.9kW"),), (*THREE, site("3.9kW"), factory())),
     # What runs already is throttled further than what nobody would have started.
     "deep cut": Story((*THREE, site(), factory()), (site("3.2kW"),)),
+    # Not even the minimum fits: its pods are evicted.
+    "starved": Story((*THREE, site(), factory()), (site("2kW"),)),
     "raise": Story((*THREE, site("3.2kW"), factory()), (site(),), (*THREE, site(), factory())),
     "node loss": Story((*THREE, site(), factory()), (dies,)),
     "rollout": Story(
