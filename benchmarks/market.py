@@ -237,7 +237,7 @@ def budgets_across(report, label, clearing, goal):
         assert not found.overdrawn
         return time.process_time() - begun, found
 
-    # On the processor's clock: some hundred clearings are soon doubled by whatever else runs.
+    # On the processor's clock: dozens of clearings are soon doubled by whatever else runs.
     seconds, first = settled(limits, tuple(purses))
     report.add(f"seconds_{label}_three_budgets", seconds, "s", goal)
     lowered = limits.copy()

@@ -8,13 +8,14 @@ lowest level on a node's path gives the lowest cap, and "minimum over the sheets
 
 The order: first what SLOs need (NVML minimum to SLO floor), highest band first; then everything
 above the floors, highest band first and, within a band, most value per watt first. Pieces worth
-exactly the same share a cell and are bought to the same part of the way.
+exactly the same share a cell and are bought to the same part of the way. Budgets across the tree have
+prices that count against a piece's own, and a piece that they bring near others' prices is cut in parts.
 
 All watts are whole milliwatts, so sums over a million GPUs are exact.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,10 +26,12 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-# Prices are whole ticks of the best value per watt on the market: sums and ties of prices are exact.
-TICKS = 1 << 40
-# The length of a turn in which tied pieces are bought.
-TURN = 1 << 20
+# Prices are whole ticks of the best value per watt on the market: sums and ties of prices are exact. All are multiples of
+# a number that has many divisors, as prices of purses may come to lie halfway, or a third of the way, between two.
+TICKS_APART = 720
+TICKS = TICKS_APART << 40
+# An edge is no narrower than so many ticks, or it could not be bought in parts.
+LEAST_EDGE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +82,13 @@ class PowerClass:
 class Adder:
     """A price of its own for some classes: their pieces count for that much less.
 
-    Prices add: a class's cap is read at its domain's price plus the adders on the class. The price is a
-    vector, one entry per stage, compared like a word in a dictionary: one tick of an earlier stage
-    outweighs everything later.
-
-    The last letter of that word is `delay`. It decides among pieces that tie on everything before it: such
-    a piece is bought evenly over one unit of a turn that no price sees, and the delay says where that unit
-    begins (0 for pieces without an adder). So what is bought changes without a jump when a price passes a
-    tie, and ties can be shared out exactly.
+    Prices add: a class's cap is read at its domain's price plus the adders on the class. The price is a word of one
+    entry per letter (see `letters`), compared as in a dictionary: one tick of an earlier letter outweighs all later ones.
     """
 
     members: BoolArray
     """By class index."""
     price: tuple[int, ...]
-    delay: int
 
 
 @dataclass(frozen=True)
@@ -120,13 +116,6 @@ class Goods:
     @cached_property
     def maximum(self) -> IntArray:
         return np.array([c.milliwatts[-1] for c in self.classes], dtype=np.int64)
-
-    @cached_property
-    def prices(self) -> IntArray:
-        """What each piece (column) is worth, one row per stage: ticks in its own stage, 0 in the others."""
-        found = np.zeros((self.stages, self.piece_class.size), dtype=np.int64)
-        found[self.piece_stage, np.arange(self.piece_class.size)] = self.piece_ticks
-        return found
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -175,11 +164,32 @@ def gather_goods(classes: tuple[PowerClass, ...]) -> Goods:
         piece_segment=np.array(columns[1], dtype=np.int64),
         piece_width=np.array(columns[2], dtype=np.int64),
         piece_stage=np.array(columns[3], dtype=np.int64),
-        piece_ticks=np.maximum(np.rint(density / best * TICKS).astype(np.int64), 1),
+        piece_ticks=np.maximum(np.rint(density / best * (1 << 40)).astype(np.int64), 1) * TICKS_APART,
         piece_tokens_per_watt=np.array(columns[5], dtype=np.float64),
         piece_factory=np.array(columns[6], dtype=np.int64),
         value_per_tick=best / TICKS,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """How far around its price each piece is bought evenly, in one letter of all prices.
+
+    So what is bought changes without a jump when a price passes another, and what ties can be shared out exactly.
+    Pieces of later letters are left out: they decide nothing in this one.
+    """
+
+    letter: int
+    width: float
+    """In parts of a piece's own price; of the highest, where it has none in this letter."""
+
+    def of(self, goods: Goods, letter: IntArray) -> tuple[IntArray, IntArray]:
+        """Ticks above and below its price between which each piece is bought. At no price it is bought whole."""
+        mine = letter == self.letter
+        price = np.where(mine, goods.piece_ticks, TICKS)
+        half = np.maximum(price * self.width, LEAST_EDGE).astype(np.int64) // 2
+        below = np.where(mine, np.minimum(half, goods.piece_ticks), half)
+        return 2 * half - below, below
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,8 @@ class Order:
     piece_cell: IntArray
     cell_stage: IntArray
     cell_ticks: IntArray
+    cell_span: IntArray
+    """How far the price falls from the beginning of each cell to its end; 0 where all of it has one price."""
     class_start: IntArray
     """Where each class's pieces begin (pieces are sorted by class, then by cell)."""
     firsts: BoolArray | None = None
@@ -231,8 +243,8 @@ def _renumbered(order: Order, key: IntArray) -> Order:
     cell = cell.astype(np.int64)
     by_class = np.lexsort((cell, order.piece_class))
     count = int(cell.max()) + 1 if cell.size else 0
-    stage, ticks = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-    stage[cell], ticks[cell] = order.cell_stage[order.piece_cell], order.cell_ticks[order.piece_cell]
+    of_cell = np.zeros(count, dtype=np.int64)
+    of_cell[cell] = order.piece_cell
     return Order(
         goods=order.goods,
         cells=count,
@@ -240,16 +252,28 @@ def _renumbered(order: Order, key: IntArray) -> Order:
         piece_segment=order.piece_segment[by_class],
         piece_width=order.piece_width[by_class],
         piece_cell=cell[by_class],
-        cell_stage=stage,
-        cell_ticks=ticks,
+        cell_stage=order.cell_stage[of_cell],
+        cell_ticks=order.cell_ticks[of_cell],
+        cell_span=order.cell_span[of_cell],
         class_start=order.class_start,
     )
 
 
+def letters(goods: Goods, firsts: BoolArray | None = None) -> IntArray:
+    """Which letter of a price each piece is sold at: its stage, in two halves where first stretches come first."""
+    if firsts is None:
+        return goods.piece_stage
+    first = firsts[goods.piece_class] & (goods.piece_segment == 0)
+    found: IntArray = 2 * goods.piece_stage + ~first
+    return found
+
+
 def put_in_order(
     goods: Goods,
-    adders: Iterable[Adder] = (),
+    adders: Collection[Adder] = (),
     price_floors: Mapping[int, float] | None = None,
+    firsts: BoolArray | None = None,
+    edge: Edge | None = None,
 ) -> Order:
     """The order of buying. `price_floors` in tokens per joule by factory index; pieces below are not bought."""
     keep = np.ones(goods.piece_class.size, dtype=np.bool_)
@@ -257,58 +281,50 @@ def put_in_order(
         # An efficiency target never takes away what an SLO needs.
         above = goods.piece_stage >= len(goods.bands)
         keep &= ~((goods.piece_factory == factory) & above & (goods.piece_tokens_per_watt < least))
-    net, delay = net_prices(goods, adders)
-    leading = net[np.argmax(net != 0, axis=0), np.arange(net.shape[1])] if net.size else delay
-    keep &= leading >= 0
-    group = ranks(-net)
-    if not delay.any():
+    letter = letters(goods, firsts)
+    if edge is None:
         chosen = np.flatnonzero(keep)
-        return _number(goods, chosen, goods.piece_width[chosen], group[chosen])
-    return _number(goods, *_share_ties(goods.piece_width, group, delay, keep, leading == 0))
+        worth = np.stack((letter, -goods.piece_ticks))
+        order = _number(goods, chosen, goods.piece_width[chosen], ranks(worth)[chosen])
+    else:
+        order = _with_edges(goods, letter, keep, adders, edge)
+    return replace(order, firsts=firsts)
 
 
-def net_prices(goods: Goods, adders: Iterable[Adder]) -> tuple[IntArray, IntArray]:
-    """What each piece is worth beyond its classes' adders, one row per stage, and its delay."""
-    net = goods.prices.copy()
-    delay = np.zeros(goods.piece_class.size, dtype=np.int64)
+def net_prices(goods: Goods, letter: IntArray, adders: Iterable[Adder], count: int) -> IntArray:
+    """What each piece (column) is worth beyond its classes' adders, as a word of `count` letters (rows)."""
+    net = np.zeros((count, letter.size), dtype=np.int64)
+    known = np.flatnonzero(letter < count)
+    net[letter[known], known] = goods.piece_ticks[known]
     for adder in adders:
-        mine = adder.members[goods.piece_class]
-        net[:, mine] -= np.array(adder.price, dtype=np.int64)[:, None]
-        delay[mine] += adder.delay
-    return net, delay
+        net[:, adder.members[goods.piece_class]] -= np.array(adder.price, dtype=np.int64)[:, None]
+    return net
 
 
-def _share_ties(
-    piece_width: IntArray, group: IntArray, delay: IntArray, keep: BoolArray, worthless: BoolArray
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Cuts tied pieces where their turns begin and end: (piece, width, key) of every part."""
-    count = np.maximum(np.bincount(group), 1)
-    mean = np.bincount(group, weights=delay) / count
-    spread = np.bincount(group, weights=np.abs(delay - mean[group])) > 0
-    mixed = keep & (spread[group] | worthless)
-    plain = np.flatnonzero(keep & ~mixed)
-    pieces, widths, keys = [plain], [piece_width[plain]], [group[plain] * (2 * group.size + 2)]
-    for number in distinct(group[mixed]):
-        tied = np.flatnonzero(mixed & (group == number))
-        begin, end = delay[tied], delay[tied] + TURN
-        edges = distinct(np.concatenate((begin, end)))
-        if worthless[tied[0]]:
-            # At a price of exactly 0 the rival is not buying at all, and its turn ends here.
-            edges = np.append(edges[edges < TURN], TURN)
-        passed = np.clip(edges[None, :] - begin[:, None], 0, TURN)
-        reached = piece_width[tied][:, None] * passed // TURN
-        parts = np.diff(reached, axis=1)
-        row, column = np.nonzero(parts)
-        pieces.append(tied[row])
-        widths.append(parts[row, column])
-        keys.append(number * (2 * group.size + 2) + column)
-    return np.concatenate(pieces), np.concatenate(widths), np.concatenate(keys)
-
-
-def distinct(values: IntArray) -> IntArray:
-    """Sorted, each once. Sorting is faster here than hashing: the values are few and far apart."""
-    ordered = np.sort(values, axis=None)
-    return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))[: ordered.size]]
+def _with_edges(
+    goods: Goods, letter: IntArray, keep: BoolArray, adders: Collection[Adder], edge: Edge
+) -> Order:
+    """Every piece cut where its own edge or another's begins or ends, and where it is worth no more than nothing."""
+    at, count = edge.letter, letter.size
+    net = net_prices(goods, letter, adders, at + 1)
+    above, below = edge.of(goods, letter)
+    high, low = net.copy(), net.copy()
+    high[at] += above
+    low[at] -= below
+    words = np.concatenate((high, low, np.zeros((at + 1, 1), dtype=np.int64)), axis=1)
+    rank = ranks(-words)
+    price_at = np.zeros(int(rank.max()) + 1, dtype=np.int64)
+    price_at[rank] = words[at]
+    begin, end = rank[:count], np.minimum(rank[count:-1], rank[-1])
+    chosen = np.flatnonzero(keep & (letter <= at) & (begin < end))
+    cells = (end - begin)[chosen]
+    piece = np.repeat(chosen, cells)
+    cell = begin[piece] + np.arange(piece.size) - np.repeat(np.cumsum(cells) - cells, cells)
+    span, width, top = (above + below)[piece], goods.piece_width[piece], high[at, piece]
+    start, stop = ((top - price_at[cell + k]) / span for k in (0, 1))
+    part = np.floor(width * stop).astype(np.int64) - np.floor(width * start).astype(np.int64)
+    bought = np.flatnonzero(part)
+    return _number(goods, piece[bought], part[bought], cell[bought], -np.diff(price_at))
 
 
 def ranks(columns: IntArray) -> IntArray:
@@ -323,8 +339,11 @@ def ranks(columns: IntArray) -> IntArray:
     return found
 
 
-def _number(goods: Goods, chosen: IntArray, width: IntArray, key: IntArray) -> Order:
-    _, first, cell = np.unique(key, return_index=True, return_inverse=True)
+def _number(
+    goods: Goods, chosen: IntArray, width: IntArray, key: IntArray, spans: IntArray | None = None
+) -> Order:
+    """The pieces (or parts of pieces) in cells, numbered as their keys rise. `spans` by key."""
+    keys, first, cell = np.unique(key, return_index=True, return_inverse=True)
     cell = cell.astype(np.int64)
     by_class = np.lexsort((cell, goods.piece_class[chosen]))
     chosen, cell_sorted = chosen[by_class], cell[by_class]
@@ -340,5 +359,6 @@ def _number(goods: Goods, chosen: IntArray, width: IntArray, key: IntArray) -> O
         piece_cell=cell_sorted,
         cell_stage=goods.piece_stage[cell_piece],
         cell_ticks=goods.piece_ticks[cell_piece],
+        cell_span=spans[keys] if spans is not None else np.zeros(first.size, dtype=np.int64),
         class_start=np.searchsorted(piece_class, np.arange(len(goods.classes) + 1)).astype(np.int64),
     )

@@ -19,7 +19,7 @@ import numpy as np
 from tokenfactory.planning.power.forest import Fleet
 from tokenfactory.planning.power.goods import BoolArray, Goods, IntArray, PowerClass, firsts_first
 from tokenfactory.planning.power.market import Clearing, Market
-from tokenfactory.planning.power.pricing import Purse
+from tokenfactory.planning.power.purses import Purse
 from tokenfactory.planning.power.whole import best_whole, parts, site_of
 
 # Watts left over by one round of parking can ask for another; by then they are less than a replica's.

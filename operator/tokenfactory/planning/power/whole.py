@@ -16,7 +16,7 @@ import numpy as np
 
 from tokenfactory.planning.power.goods import BoolArray, IntArray
 from tokenfactory.planning.power.market import Clearing
-from tokenfactory.planning.power.pricing import Purse
+from tokenfactory.planning.power.purses import Purse
 
 # So many (domain, class) pairs are searched together; more of them are split at the domains that bind.
 MOST_PAIRS = 128

@@ -16,7 +16,7 @@ import numpy as np
 from tokenfactory.planning.power.forest import Forest
 from tokenfactory.planning.power.goods import Goods, IntArray, PowerClass, gather_goods
 from tokenfactory.planning.power.market import Clearing
-from tokenfactory.planning.power.pricing import Purse
+from tokenfactory.planning.power.purses import Purse
 
 Zone = tuple[int, ...]
 """Which allotments hold, by their number."""
