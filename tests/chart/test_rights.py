@@ -243,3 +243,25 @@ def test_a_domain_with_nodes_is_not_deleted_and_one_without_is(installed: Cluste
     installed.kubectl("delete", "pd", "rights-empty", "--wait=true", "--timeout=20s")
     installed.kubectl("annotate", "pd", "rights-full", "tokenfactory.dev/abandon=true")
     installed.kubectl("delete", "pd", "rights-full", "--wait=true", "--timeout=20s")
+
+
+def test_a_gpunode_that_charges_pods_is_not_deleted_and_one_that_charges_none_is(installed: Cluster):
+    pod = {"namespace": "a", "name": "chat-0", "uid": "u", "class": "a/chat/llama@NVIDIA H100", "gpus": 1}
+    for name, pods in {"rights-busy": [pod], "rights-idle": []}.items():
+        node = {
+            "apiVersion": "tokenfactory.dev/v1alpha1",
+            "kind": "GPUNode",
+            "metadata": {"name": name},
+            "spec": {"path": ["hall"], "pods": pods},
+        }
+        installed.kubectl("apply", "-f", "-", input=json.dumps(node))
+
+    def refused() -> str:
+        done = installed.kubectl("delete", "gn", "rights-busy", "--dry-run=server", check=False)
+        return done.stderr if done.returncode else ""
+
+    wait_for(refused, "the policy about nodes is in force")
+    assert "GPUNode rights-busy charges 1 pods: first kubectl drain rights-busy" in refused()
+    installed.kubectl("delete", "gn", "rights-idle", "--wait=true", "--timeout=20s")
+    installed.kubectl("annotate", "gn", "rights-busy", "tokenfactory.dev/abandon=true")
+    installed.kubectl("delete", "gn", "rights-busy", "--wait=true", "--timeout=20s")

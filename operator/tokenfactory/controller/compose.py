@@ -26,6 +26,7 @@ from tokenfactory.controller.plan.placing import grant, open_gates
 from tokenfactory.controller.plan.purses import held_to, spending
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.refusing import replan
+from tokenfactory.controller.plan.regranting import regrant
 from tokenfactory.controller.plan.replicating import read_meters, staff
 from tokenfactory.controller.plan.retiring import retire
 from tokenfactory.controller.plan.serving import serve
@@ -85,10 +86,11 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     ]
     arrived = with_arrivals(world, ledger, grid.places, grid.facts)
     spent = spending(world, grid, arrived)
-    granting = grant(world, arrived, spent, list(choice.wishes))
-    charging = charge_nodes(
-        world, ledger, grid.places, grid.facts, granting.granted, taint=options.taint_nodes
-    )
+    regranted = regrant(world, grid.tree, arrived, spent, memory.loose)
+    wishes, later = regranted.first(choice.wishes)
+    granting = grant(world, regranted.ledger, regranted.spent, wishes)
+    granted = regranted.with_new(granting)
+    charging = charge_nodes(world, ledger, grid.places, grid.facts, granted, taint=options.taint_nodes)
     parked = [label for _, label in memory.shedding.parked]
     cleared = bidding.clear(world, grid, ledger, coming, parked, staffing.hurried)
     less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
@@ -104,14 +106,33 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions: list[Action] = [*cutting, *charging, *rising]
     actions += open_gates(world)
     actions += replanned.actions
+    actions += regranted.actions
     halved, given_up = halves(world, (*choice.unplaced, *granting.waiting), memory.halves)
     actions += given_up
     actions += less.actions
     given = give_names(world)
     actions += serve(world, less.staffing, options.workloads, given)
-    unplaced = (*choice.unplaced, *granting.waiting, *replanned.waiting, *unguarded(world))
+    unplaced = (
+        *regranted.waiting,
+        *choice.unplaced,
+        *later,
+        *granting.waiting,
+        *replanned.waiting,
+        *unguarded(world),
+    )
     books = Books(
-        world, grid, ledger, cleared, sheets.waits, less.staffing, energy, unplaced, less, spent, given.lost
+        world,
+        grid,
+        ledger,
+        cleared,
+        sheets.waits,
+        less.staffing,
+        energy,
+        unplaced,
+        less,
+        spent,
+        given.lost,
+        regranted.charges,
     )
     actions += _tell(books)
     actions += _unread(snapshot, memory.unread)
@@ -131,6 +152,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         halved,
         less.memory,
         readings,
+        regranted.since,
         unread=snapshot.unread_factories,
         lessons=lessons,
         watches=watches,

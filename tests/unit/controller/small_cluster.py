@@ -199,7 +199,9 @@ class SmallCluster(SmallApi):
         found = []
         for (_, name), node in self.objects[Node].items():
             held = self.objects[GPUNode].get(("", name))
-            busy = {gpu.uuid for gpu in held.status.gpus if gpu.pod} if held else set()
+            # What runs does not end because nobody speaks of it any more, nor because its pod's object is gone.
+            busy = set(self.agents[name].holding(self.objects[Pod].values()))
+            busy |= {gpu.uuid for gpu in held.status.gpus if gpu.pod} if held else set()
             enforced = {uuid: limit / 1000 for uuid, limit in self.agents[name].limits().items()}
             overhead = held.spec.overhead_milliwatts if held else 0
             found.append(

@@ -33,3 +33,9 @@ class Books:
     spending: Spending
     nameless: Mapping[Model, str]
     """Models that lack a name which somebody else has, and who."""
+    loose: Mapping[tuple[str, str, str], int]
+    """(namespace, factory, model) → what its replicas may draw that no grant accounts for, in milliwatts."""
+
+    def owner_charge(self, owner: tuple[str, str, str]) -> int:
+        """What the GPUs of one model are charged, with a grant or without."""
+        return self.ledger.owner_charge(owner) + self.loose.get(owner, 0)

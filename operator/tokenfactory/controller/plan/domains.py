@@ -17,6 +17,7 @@ from tokenfactory.planning.power.oversubscription import Margin
 
 UNKNOWN_OVERHEAD_MILLIWATTS = 3_200_000
 """An 8-GPU server besides its GPUs, where not even the product of its GPUs is known."""
+UNKNOWN_GPU_MILLIWATTS = 1_200_000
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _facts(world: World, host: GpuHost) -> NodeFacts:
     )
     return NodeFacts(
         guarded=tainted and _was_capped(host) and not world.foreign.get(host.name) and not _strangers(host),
-        nameplate_milliwatts=UNKNOWN_OVERHEAD_MILLIWATTS + host.gpu_count * 1_200_000,
+        nameplate_milliwatts=UNKNOWN_OVERHEAD_MILLIWATTS + host.gpu_count * UNKNOWN_GPU_MILLIWATTS,
         heard=host.silent_seconds is not None and not world.lost(host),
     )
 

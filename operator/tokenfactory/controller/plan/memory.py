@@ -48,6 +48,8 @@ class Memory:
     shedding: Shedding = field(default_factory=Shedding)
     readings: Mapping[str, Reading] = field(default_factory=dict)
     """By pod UID."""
+    loose: Mapping[str, int] = field(default_factory=dict)
+    """Replicas without a grant: pod UID → when first seen so."""
     unread: Mapping[Key, str] = field(default_factory=dict)
     """Factories that could not be read, and why, as people were told."""
     lessons: Lessons = field(default_factory=Lessons)

@@ -18,6 +18,7 @@ from tokenfactory.controller.plan.at_hand import checkpoints_of
 from tokenfactory.controller.plan.nodes import new_grant
 from tokenfactory.controller.plan.purses import Spending, lacking
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
+from tokenfactory.planning.power import grants
 from tokenfactory.planning.power.ledger import Ledger
 
 
@@ -89,9 +90,8 @@ class _Books:
         if not admission.admitted or host.held is None:
             return "; ".join(admission.why) or "its node has not reported yet"
         here = [*self.granted.get(wish.node, ()), replica]
-        pods = tuple(new_grant(each, host) for each in here)
-        spec = msgspec.structs.replace(host.held.spec, pods=(*host.held.spec.pods, *pods))
-        node = msgspec.structs.replace(host.held, spec=spec)
+        node = self.ledger.entries[wish.node].node  # as what was entered before leaves it
+        node = msgspec.structs.replace(node, spec=grants.granted(node, new_grant(replica, host)))
         after = self.ledger.with_node(node)
         spent, short = lacking(self.spent, self.ledger, after, node)
         if short:

@@ -183,9 +183,7 @@ def _facts(books: Books, recovered: Recovered, factory: TokenFactory) -> Factory
         replicas=replicas,
         meters=meters,
         models=(),
-        charge_milliwatts=sum(
-            books.ledger.owner_charge(_owner(factory, model)) for model in factory.spec.models
-        ),
+        charge_milliwatts=sum(books.owner_charge(_owner(factory, model)) for model in factory.spec.models),
         budget_milliwatts=_budget(books, factory),
         incidents=recovered.incidents,
         storm=recovered.storm,
@@ -215,7 +213,7 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
         ready=whole(replica for replica in mine if replica.ready),
         tokens_per_second=steady(before.tokens_per_second, decimal(_rate(metered), 0)),
         tokens_per_joule=steady(before.tokens_per_joule, decimal(per_joule) if per_joule else ""),
-        charge=watts(books.ledger.owner_charge(owner)),
+        charge=watts(books.owner_charge(owner)),
         cap=cap_range(caps),
         bound_by=model_bound_by(books, owner)[:253],
     )
