@@ -98,7 +98,6 @@ class Contents:
             self.objects.all(agent.node_queue),
             self.objects.all(agent.sheet_queue),
             self.decisions.of(agent.decision),
-            agent.skipped,
             agent.news,
             agent.renewed_at,
             agent.first_sequence,
@@ -117,7 +116,6 @@ class Contents:
             agent.listed,
             agent.broken,
             self.decisions.of(agent.decision),
-            agent.skipped,
         )
 
     def of_leader(self, leader: Leader) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 from tests.fault.codes import Codes, Contents, in_order
 from tests.fault.parts import Agent, Gone, Kit, Leader, Machine, Message, Site, Violation, version_of
-from tests.fault.scenes import Scene, agent_steps, begin, leader_plans, leader_steps
+from tests.fault.scenes import ROOT, Scene, agent_steps, begin, leader_plans, leader_steps
 from tests.fault.server import agent_sees, answer_agent, answer_leader, leader_sees
+from tests.fault.trust import NEWEST, is_renewal, plain_renewals, plain_trust
 from tests.fault.world import World
 
 NOTHING = -1
@@ -81,6 +82,7 @@ class Components:
 
     def _spot(self, machine: Machine, agent: Agent) -> int:
         """News that is older than what is known, or that a broken watch will not bring, is none."""
+        plain_trust(agent, self.world.now)
         agent.node_queue = [node for node in agent.node_queue if version_of(node) > version_of(agent.own)]
         agent.sheet_queue = [] if agent.broken else agent.sheet_queue
         return self.spots.of(self.contents.of_spot(machine, agent), Spot(machine, agent))
@@ -169,6 +171,8 @@ class Components:
     def spot_sees(self, spot: int, thing: int) -> Iterator[Row]:
         there, stored = self.spots.things[spot], self.contents.objects.codes.things[thing]
         agent = there.agent.clone()
+        if is_renewal(stored):
+            plain_trust(agent, self.world.now, NEWEST + 1)
         agent_sees(agent, stored)
         yield (self._spot(there.machine, agent),)
 
@@ -196,12 +200,28 @@ class Components:
             yield code, self._list(tuple(other for other in codes if other != code)), agent, *names
 
     def accepted(self, api: int, code: int) -> Iterator[Row]:
-        """(API server, what is stored anew, what is there, what its sender is answered)."""
+        """(API server, what is stored anew, what is there, what its sender is answered, is it a renewal?)."""
         world, message = self._part(api), self.messages.things[code]
         accepted, stored = world.accept(message)
+        renews = is_renewal(stored)
+        if renews:
+            plain_renewals(world)
+            stored = world.present(message)
         present = self.contents.objects.of(world.present(message))
         answer = self._list((code, present, int(accepted)))
-        yield self._api(world), self.contents.objects.of(stored), present, answer
+        yield self._api(world), self.contents.objects.of(stored), present, answer, int(renews)
+
+    def overtaken(self, messages: int) -> Iterator[Row]:
+        """Without other renewals, now that one has landed: they are refused, and nobody waits for their answers."""
+        codes = self.lists.things[messages]
+        yield (self._list(tuple(code for code in codes if self.messages.things[code].kind != "renew")),)
+
+    def renewals(self, leaders: int, api: int) -> Iterator[Row]:
+        """(messages sent, name)."""
+        for code in self.lists.things[leaders]:
+            world, leader = self._part(api), self.leaders.things[code].clone()
+            world.lead_renewal(leader, ROOT)
+            yield self._sent(world), self._name(f"leader {leader.pid} renews")
 
     # -- leaders ----------------------------------------------------------------------------------------------------
 

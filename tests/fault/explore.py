@@ -61,8 +61,9 @@ class Model:
         self.both, self.under_way, self.accepted = (
             Table(1, of.both),
             Table(7, of.under_way),
-            Table(4, of.accepted),
+            Table(5, of.accepted),
         )
+        self.overtaken, self.renewals = Table(1, of.overtaken), Table(2, of.renewals)
         self.leaders_see, self.leaders_answered = Table(1, of.leaders_see), Table(1, of.leaders_answered)
         self.leader_steps, self.give_up = Table(4, of.leader_steps), Table(3, of.give_up)
         self.successions, self.elected, self.joined = (
@@ -88,10 +89,12 @@ class Model:
 
     def numbers(self, rows: Rows) -> Column:
         """One for each state, the same only where it is the same state."""
-        keys = rows[:, 0]
-        for book, column in zip(self.columns, rows.T[1:], strict=True):
-            keys = book.of(keys << 32 | column)
-        return keys
+        *spots, spoken, all_of = self.columns
+        left = rows[:, API]
+        for book, column in zip(spots, rows.T[1:LEADERS], strict=True):
+            left = book.of(left << 32 | column)
+        right = spoken.of(rows[:, LEADERS] << 32 | rows[:, MESSAGES])
+        return all_of.of(left << 32 | right)
 
     @property
     def numbered(self) -> int:
@@ -136,7 +139,7 @@ class Model:
         source, found = self.under_way.all(rows[:, MESSAGES])
         code, others, agent, *names = found.T
         arrived = rows[source]
-        arrived[:, API], stored, present, answer = self.accepted.each(arrived[:, API], code).T
+        arrived[:, API], stored, present, answer, renews = self.accepted.each(arrived[:, API], code).T
         self._told(arrived, stored)
         answered = self._answered(arrived, agent, present, answer)
         # What arrives and is not answered, what is answered, and what is lost; with the message still under way or not.
@@ -154,6 +157,9 @@ class Model:
             fallen = after[some]
             if not stays:
                 fallen[:, MESSAGES] = others[some]
+            if fault != "lose":
+                landed = np.flatnonzero(renews[some])
+                fallen[landed, MESSAGES] = self.overtaken.each(fallen[landed, MESSAGES])[:, 0]
             yield _plain(source[some], fallen, cost, name[some])
 
     def _told(self, after: Rows, thing: Column) -> None:
@@ -179,6 +185,11 @@ class Model:
         after[:, LEADERS] = found[:, 0]
         self._send(after, found[:, 1])
         yield _plain(source, after, found[:, 2], found[:, 3])
+        if self.scene.renews:
+            source, found = self.renewals.all(rows[:, LEADERS], rows[:, API])
+            after = rows[source]
+            self._send(after, found[:, 0])
+            yield _plain(source, after, 0, found[:, 1])
         if {"lose", "unanswered"} & self.scene.faults:
             source, found = self.give_up.all(rows[:, LEADERS], rows[:, MESSAGES])
             source, found = _affordable(source, found, found[:, 1], spare)
@@ -250,6 +261,13 @@ class Level(NamedTuple):
     """The same for the same state."""
 
 
+def _small(rows: Rows, spare: Column, parent: Column, number: Column) -> Level:
+    """There are many of them, and they are kept."""
+    return Level(
+        rows.astype(np.int32), spare.astype(np.int8), parent.astype(np.int32), number.astype(np.int32)
+    )
+
+
 class Search:
     """Breadth first. Of each state it is remembered with how many faults to spare it was reached at best."""
 
@@ -257,8 +275,8 @@ class Search:
         self.model = Model(scene, kit)
         first = self.model.first()
         spare = np.full(1, faults, np.int64)
-        self.levels = [Level(first, spare, np.full(1, NOTHING, np.int64), self.model.numbers(first))]
-        self.best = spare.copy()
+        self.levels = [_small(first, spare, np.full(1, NOTHING), self.model.numbers(first))]
+        self.best = spare.astype(np.int8)
         self.states = 1
         self.steps = 0
 
@@ -270,7 +288,7 @@ class Search:
                 at = np.arange(begin, min(begin + CHUNK, len(present.rows)))
                 # One that was reached again with more faults to spare stands further on once more.
                 at = at[self.best[present.number[at]] == present.spare[at]]
-                steps = self.model.following(present.rows[at], present.spare[at])
+                steps = self._following(present, at)
                 self.steps += len(steps.source)
                 after, violation, last = self._reached(present, at, steps)
                 if violation:
@@ -286,6 +304,9 @@ class Search:
                 return self._result(complete=True)
             self.levels.append(level)
 
+    def _following(self, level: Level, at: Column) -> Steps:
+        return self.model.following(level.rows[at].astype(np.int64), level.spare[at].astype(np.int64))
+
     def _reached(self, present: Level, at: Column, steps: Steps) -> tuple[Level, str, int]:
         """The states that are new, or were never reached with so many faults to spare. A violation, and by which step."""
         parent = at[steps.source]
@@ -293,7 +314,7 @@ class Search:
         for step in np.flatnonzero(steps.broken != NOTHING)[:1]:
             return present, self.model.parts.broken.things[steps.broken[step]], int(step)
         number = self.model.numbers(steps.after)
-        self.best = np.append(self.best, np.full(self.model.numbered - len(self.best), NOTHING))
+        self.best = np.append(self.best, np.full(self.model.numbered - len(self.best), NOTHING, np.int8))
         # Of the same state the one with the most to spare.
         order = np.lexsort((-spare, number))
         firsts = order[np.flatnonzero(np.diff(number[order], prepend=NOTHING))]
@@ -316,7 +337,7 @@ class Search:
         names = []
         for before, level in zip(self.levels[-2::-1], self.levels[:0:-1], strict=True):
             parent = int(level.parent[at])
-            steps = self.model.following(before.rows[[parent]], before.spare[[parent]])
+            steps = self._following(before, np.array([parent]))
             same = (steps.after == level.rows[at]).all(axis=1) & (
                 before.spare[parent] - steps.cost == level.spare[at]
             )

@@ -24,32 +24,41 @@ def pick(rng: random.Random, things: Sequence):
     return things[rng.randrange(len(things))] if things else None
 
 
-def deliver(world: World, rng: random.Random) -> bool:
+def befalls(rng: random.Random, names: Sequence[str], act: Callable[[str], object]) -> bool:
+    """One of them, if there is any."""
+    name = pick(rng, names)
+    if name is None:
+        return False
+    act(name)
+    return True
+
+
+def machines(world: World, *, on: bool) -> list[str]:
+    return [name for name, machine in world.machines.items() if machine.on == on]
+
+
+def message(world: World, rng: random.Random, act: Callable[[int], object]) -> bool:
+    """One of those under way."""
     if not world.inflight:
         return False
-    world.deliver(rng.randrange(len(world.inflight)))
+    act(rng.randrange(len(world.inflight)))
     return True
+
+
+def deliver(world: World, rng: random.Random) -> bool:
+    return message(world, rng, world.deliver)
 
 
 def deliver_unanswered(world: World, rng: random.Random) -> bool:
-    if not world.inflight:
-        return False
-    world.deliver(rng.randrange(len(world.inflight)), answer=False)
-    return True
+    return message(world, rng, lambda at: world.deliver(at, answer=False))
 
 
 def duplicate(world: World, rng: random.Random) -> bool:
-    if not world.inflight:
-        return False
-    world.deliver(rng.randrange(len(world.inflight)), keep=True, answer=rng.random() < 0.5)
-    return True
+    return message(world, rng, lambda at: world.deliver(at, keep=True, answer=rng.random() < 0.5))
 
 
 def lose(world: World, rng: random.Random) -> bool:
-    if not world.inflight:
-        return False
-    world.inflight.pop(rng.randrange(len(world.inflight)))
-    return True
+    return message(world, rng, world.inflight.pop)
 
 
 def agent_hears(world: World, rng: random.Random) -> bool:
@@ -88,38 +97,27 @@ def agent_acts(world: World, rng: random.Random) -> bool:
 
 
 def agent_whole_turn(world: World, rng: random.Random) -> bool:
-    name = pick(rng, alive(world))
-    if name is None:
-        return False
-    world.govern(name)
-    while world.agents[name].to_set:
-        world.set_next(name)
-    world.report(name)
-    return True
+    def turn(name: str) -> None:
+        world.govern(name)
+        while world.agents[name].to_set:
+            world.set_next(name)
+        world.report(name)
+
+    return befalls(rng, alive(world), turn)
 
 
 def driver_fails(world: World, rng: random.Random) -> bool:
-    name = pick(rng, [n for n in alive(world) if world.agents[n].to_set])
-    if name is None:
-        return False
-    world.set_next(name, fails=True)
-    return True
+    setting = [name for name in alive(world) if world.agents[name].to_set]
+    return befalls(rng, setting, lambda name: world.set_next(name, fails=True))
 
 
 def agent_dies(world: World, rng: random.Random) -> bool:
-    name = pick(rng, alive(world))
-    if name is None:
-        return False
-    world.kill_agent(name)
-    return True
+    return befalls(rng, alive(world), world.kill_agent)
 
 
 def agent_starts(world: World, rng: random.Random) -> bool:
-    name = pick(rng, [n for n, a in world.agents.items() if not a.alive and world.machines[n].on])
-    if name is None:
-        return False
-    world.start_agent(name)
-    return True
+    dead = [name for name, agent in world.agents.items() if not agent.alive and world.machines[name].on]
+    return befalls(rng, dead, world.start_agent)
 
 
 def watch_breaks(world: World, rng: random.Random) -> bool:
@@ -136,36 +134,19 @@ def sheet_deleted(world: World, rng: random.Random) -> bool:
 
 
 def reboots(world: World, rng: random.Random) -> bool:
-    name = pick(rng, [n for n, m in world.machines.items() if m.on])
-    if name is None:
-        return False
-    world.power_off(name)
-    world.power_on(name)
-    return True
+    return befalls(rng, machines(world, on=True), lambda name: (world.power_off(name), world.power_on(name)))
 
 
 def reloads_driver(world: World, rng: random.Random) -> bool:
-    name = pick(rng, [n for n, m in world.machines.items() if m.on])
-    if name is None:
-        return False
-    world.reload_driver(name)
-    return True
+    return befalls(rng, machines(world, on=True), world.reload_driver)
 
 
 def goes_off(world: World, rng: random.Random) -> bool:
-    name = pick(rng, [n for n, m in world.machines.items() if m.on])
-    if name is None:
-        return False
-    world.power_off(name)
-    return True
+    return befalls(rng, machines(world, on=True), world.power_off)
 
 
 def comes_on(world: World, rng: random.Random) -> bool:
-    name = pick(rng, [n for n, m in world.machines.items() if not m.on])
-    if name is None:
-        return False
-    world.power_on(name)
-    return True
+    return befalls(rng, machines(world, on=False), world.power_on)
 
 
 def time_passes(world: World, rng: random.Random) -> bool:

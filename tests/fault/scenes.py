@@ -14,12 +14,14 @@ from typing import Any
 from tests.fault.parts import HIGH, HOLD, LOW, OVERHEAD, Agent, Gpu, Kit, Leader, Machine, Pod, Site, W
 from tests.fault.rest import Score, rest
 from tests.fault.sites import CLASSES
+from tests.fault.trust import LONG_AGO, plain_renewals, plain_trust
 from tests.fault.world import World
 
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.lines import Domain
 
 X, Y = CLASSES
+ROOT = "hall"
 Caps = Mapping[str, Mapping[str, int]]
 
 
@@ -48,6 +50,8 @@ class Scene:
     paths: Mapping[str, tuple[str, ...]]
     most_faults: int = 1
     gpus: int = 1
+    renews: bool = False
+    """Leaders renew, as often as they like. Else agents that start anew never trust a sheet again."""
     whole: bool = True
     """Explored to its end. Else it is too large for that, and only there for a bug that needs it."""
 
@@ -69,6 +73,7 @@ CROWD = tuple(
     for x, y in ((500, 300), (300, 400))
 )
 NODES = frozenset({"agent dies", "driver fails", "reboot", "hold runs out", "silence"})
+TRUST = frozenset({"hold runs out", "agent dies", "leader dies", "deposed", "lose", "watch breaks"})
 SCENES = {
     scene.name: scene
     for scene in (
@@ -82,6 +87,8 @@ SCENES = {
         Scene("two leaders", ALIKE, frozenset({"deposed", "lose", "unanswered"}), ONE, 2, gpus=2),
         Scene("a late write", (BEFORE, AFTER, BEFORE), frozenset({"leader dies"}), TWO, whole=False),
         Scene("a sheet deleted", (BEFORE, AFTER), frozenset({"sheet deleted", "agent dies", "lose"}), TWO),
+        Scene("renewals", (BEFORE, AFTER), frozenset({"hold runs out", "agent dies"}), TWO, renews=True),
+        Scene("renewals and leaders", ALIKE, TRUST, ONE, gpus=2, renews=True),
         Scene("three nodes", CROWD, frozenset({"lose", "unanswered", "hold runs out"}), THREE, 2),
     )
 }
@@ -90,9 +97,9 @@ SCENES = {
 
 def begin(scene: Scene, kit: Kit) -> World:
     """At rest under the first wish, and the second has just been uttered."""
-    domains = {"hall": Domain("hall", None, 0, HOLD)}
+    domains = {ROOT: Domain(ROOT, None, 0, HOLD)}
     if any("rack" in path for path in scene.paths.values()):
-        domains["rack"] = Domain("rack", "hall", 2 * (OVERHEAD + HIGH), HOLD)
+        domains["rack"] = Domain("rack", ROOT, 2 * (OVERHEAD + HIGH), HOLD)
     site = scene.wishes[0].on(Site(0, domains, scene.paths, {}))
     world = World(site, {n: Machine(n, guarded=True, gpus=(Gpu(),) * scene.gpus) for n in scene.paths}, Kit())
     classes = (X, Y, Y)
@@ -101,7 +108,11 @@ def begin(scene: Scene, kit: Kit) -> World:
             uid = f"p-{name}" + (f"-{gpu}" if gpu else "")
             world.pods[uid] = Pod(uid, name, classes[len(world.pods)], 1)
     world.elect(clean=False)
-    rest(world, Score(), root="hall")
+    rest(world, Score(), root=ROOT)
+    newest = world.renewals[f"{ROOT}.renewal"].spec.renewal.sequence
+    plain_renewals(world)
+    for agent in world.agents.values():
+        plain_trust(agent, world.now, newest)
     world.kit = kit
     world.leaders[-1].claim_from = world.claim_from if kit.claims else 0
     world.change_site(scene.wishes[1].on(site))
@@ -135,8 +146,8 @@ def agent_steps(world: World, name: str, scene: Scene) -> Iterator[Step]:
         yield f"agent {name} reports", 0, lambda w: (hear(w, name, len(agent.node_queue), 0), w.report(name))
     if "agent dies" in faults:
         yield f"agent {name} dies", 1, lambda w: w.kill_agent(name)
-    if "hold runs out" in faults and not agent.skipped:
-        yield f"hold runs out at {name}", 1, lambda w: setattr(w.agents[name], "skipped", HOLD)
+    if "hold runs out" in faults:
+        yield f"hold runs out at {name}", 1, lambda w: setattr(w.agents[name], "skipped", LONG_AGO)
     yield from _acts(agent, name, faults)
 
 

@@ -16,7 +16,7 @@ class Numbers:
 
     def __init__(self) -> None:
         self._keys = np.empty(0, np.int64)
-        self._codes = np.empty(0, np.int64)
+        self._codes = np.empty(0, np.int32)
 
     def __len__(self) -> int:
         return len(self._keys)
