@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from tokenfactory.cli import agent, checkpoint, cluster, demo, operator
+from tokenfactory.cli import agent, checkpoint, cluster, demo, explain, operator
 
 app = typer.Typer(
     name="tokenfactory",
@@ -20,6 +20,7 @@ app.add_typer(cluster.app, name="cluster")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(demo.demo)
 app.command()(operator.operator)
+app.command()(explain.explain)
 app.command(name="agent")(agent.agent)
 app.command(name="wait-cap")(agent.wait_cap)
 

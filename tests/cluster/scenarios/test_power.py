@@ -1,10 +1,17 @@
 """A factory's watts, from the first apply to the last: what is served inside which limit, and what is said of it."""
 
+import asyncio
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.cluster.scenarios.scene import FULL_WATTS, IDLE_WATTS, Scene, domain, hall, model, watts
+
+from tokenfactory.twin.fleet import AGENT_ACCOUNT, SYSTEM_NAMESPACE
 
 pytestmark = [
     pytest.mark.cluster,
@@ -121,6 +128,27 @@ async def test_a_rack_has_a_limit_of_its_own_inside_the_hall(scene: Scene):
     status = await scene.site.status("pd", "rack-1")
     assert watts(status["charge"]) <= 3900
     assert "rack-1" in (await scene.status())["models"][0]["boundBy"]
+    node, pod = in_rack[0]["spec"]["nodeName"], f"{scene.namespace}/{in_rack[0]['metadata']['name']}"
+    done = await explain(scene.site.cluster.kubeconfig, node, "-o", "json")
+    held = [gpu for gpu in json.loads(done.stdout)["gpus"] if gpu["pod"] == pod]
+    assert [gpu["market"]["boundBy"] for gpu in held] == ["rack-1", "rack-1"]
+    assert all([sheet["domain"] for sheet in gpu["sheets"] if sheet["binds"]] == ["rack-1"] for gpu in held)
+
+
+async def test_who_may_not_read_is_told_which_rules_are_missing(scene: Scene):
+    agent = scene.site.cluster.kubeconfig_for_service_account(SYSTEM_NAMESPACE, AGENT_ACCOUNT)
+    done = await explain(agent, "gpu-1")
+    assert done.returncode == 1
+    assert (
+        'apiGroups: ["tokenfactory.dev"], resources: [tokenfactories], verbs: [get, list, watch]'
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+async def explain(kubeconfig: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokenfactory.cli", "explain", *words, f"--kubeconfig={kubeconfig}"]
+    return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
 
 
 async def test_a_factory_that_may_not_draw_is_told_which_grant_is_missing(scene: Scene):

@@ -1,20 +1,32 @@
 """Why a GPU's limit is what it is: what is in force comes first, and what the market wants only where that is the reason."""
 
-import pytest
-from tests.unit.controller.manifests import Manifest, factory, hall, model, rack
-from tests.unit.controller.small_world import OPTIONS, SmallWorld
+import json
+import re
 
+import pytest
+from msgspec.structs import replace
+from tests.unit.controller.manifests import Manifest, factory, hall, model, rack
+from tests.unit.controller.small_world import H100, OPTIONS, SmallWorld
+
+from tokenfactory.api import names
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.token_factory import TokenFactory
+from tokenfactory.cli.explain import Output, UnknownError, told
 from tokenfactory.controller.compose import compose
+from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.explaining import GpuExplained, explain_gpu
+from tokenfactory.kube.objects import Node
+
+
+def books(world: SmallWorld) -> Books:
+    return compose(world.snapshot(), OPTIONS, world.memory).books
 
 
 def explained(world: SmallWorld, node: str, index: int = 0) -> GpuExplained:
-    books = compose(world.snapshot(), OPTIONS, world.memory).books
-    host = books.world.hosts[node]
+    made = books(world)
+    host = made.world.hosts[node]
     assert host.held is not None
-    return explain_gpu(books, host, host.held.status.gpus[index])
+    return explain_gpu(made, host, host.held.status.gpus[index])
 
 
 def bound_by(world: SmallWorld) -> str:
@@ -95,6 +107,22 @@ def test_a_class_that_the_sheet_does_not_name_has_its_minimum(settled: SmallWorl
     assert "the sheet of hall does not name its class" in explained(world, "n0").message
 
 
+def test_an_idle_gpu_and_a_strangers_are_named(settled: SmallWorld):
+    world = settled.fork()
+    world.add_node("n1", gpus=2)
+    world.rounds(6)
+    assert "does not name its class yet" in explained(world, "n1").message
+    assert "hall has no watts left" in explained(world, "n1").message
+    world.apply(hall("9kW"))
+    world.settle()
+    assert "nothing runs on it" in explained(world, "n1").message
+    made = books(world)
+    host = made.world.hosts["n1"]
+    assert host.held is not None
+    strangers = replace(host.held.status.gpus[0], class_name=names.unmanaged_class(H100))
+    assert "a pod that is not charged here" in explain_gpu(made, host, strangers).message
+
+
 def test_nothing_is_said_to_bind_a_model_of_which_nothing_runs():
     world = SmallWorld.of(1, hall("9kW"), factory(model()))
     world.rounds(1)
@@ -102,3 +130,40 @@ def test_nothing_is_said_to_bind_a_model_of_which_nothing_runs():
     assert bound_by(world) == ""
     world.settle()
     assert "nothing holds it back" in bound_by(world)
+
+
+def test_the_command_tells_sheet_band_price_and_reason(settled: SmallWorld):
+    text = told(books(settled), "n0", "0")
+    assert "enforced  400W" in text
+    assert "hall: 400W" in text
+    assert "<- binds" in text
+    assert "bound: Domain by hall, band 100, price" in text
+    assert f"why       {explained(settled, 'n0').message}" in text
+    assert text.count("GPU ") == 1
+    assert told(books(settled), "n0").count("GPU ") == 4
+
+
+def test_the_command_tells_programs_the_same(settled: SmallWorld):
+    said = json.loads(told(books(settled), "n0", "n0-gpu-2", Output.json))
+    (gpu,) = said["gpus"]
+    assert (said["node"], said["path"], gpu["index"]) == ("n0", ["hall"], 2)
+    assert gpu["enforcedMilliwatts"] == gpu["sheets"][0]["capMilliwatts"] == 400_000
+    assert (gpu["sheets"][0]["binds"], gpu["market"]["boundBy"]) == (True, "hall")
+
+
+@pytest.mark.parametrize(
+    ("node", "gpu", "said"),
+    [
+        ("no", "", "there is no GPU node no; did you mean n0?"),
+        ("n0", "9", "n0 has no GPU 9; it has 0 (n0-gpu-0), 1"),
+        ("away", "", "no power domain's nodeSelector matches its labels"),
+    ],
+)
+def test_what_is_not_there_is_answered_with_what_is(settled: SmallWorld, node: str, gpu: str, said: str):
+    world = settled.fork()
+    held = world.objects[Node][("", "n0")]
+    world.put(
+        replace(held, metadata=replace(held.metadata, name="away", labels={"nvidia.com/gpu.present": "true"}))
+    )
+    with pytest.raises(UnknownError, match=re.escape(said)):
+        told(books(world), node, gpu)

@@ -18,6 +18,7 @@ from tokenfactory.planning.power.explain import Explanation, explain
 
 _SAME_MILLIWATTS: Final = 1_000
 """A driver may keep whole watts only."""
+IDLE: Final = names.idle_class("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,17 @@ def explain_gpu(books: Books, host: GpuHost, gpu: GPUStatus) -> GpuExplained:
         sheets=sheets,
         market=market,
         waits=waits,
-        message=_why(books, host, gpu, sheets, market, waits),
+        message=_of_nobody(gpu.class_name) or _why(books, host, gpu, sheets, market, waits),
     )
+
+
+def _of_nobody(label: str) -> str:
+    product = names.class_product(label)
+    if label == names.unmanaged_class(product):
+        return (
+            "a pod that is not charged here holds it: nobody caps it, and it is charged at its default limit"
+        )
+    return ""
 
 
 def _sheets(books: Books, host: GpuHost, path: tuple[str, ...], label: str) -> tuple[SheetSays, ...]:
@@ -126,7 +136,9 @@ def _why(
     lowest = next((each for each in sheets if each.binds), None)
     if lowest is None or any(each.cap_milliwatts is None for each in sheets):
         unnamed = ", ".join(each.domain for each in sheets if each.cap_milliwatts is None)
-        return f"the sheet of {unnamed} does not name its class yet, so it gets no more than its minimum"
+        return f"the sheet of {unnamed} does not name its class yet, so it gets no more than its minimum" + (
+            f"; {waits[0]}" if waits else ""
+        )
     return _between(now, lowest, market, waits)
 
 
@@ -140,6 +152,8 @@ def _between(now: int, lowest: SheetSays, market: Explanation | None, waits: tup
         )
     if market is None:
         return f"the sheet of {lowest.domain} allows {watts(cap)}: no GPU of its class is for sale here"
+    if market.bound == "Nothing" and market.class_name.startswith(IDLE):
+        return f"nothing runs on it, so it stays at its minimum of {watts(now)}"
     wanted = market.cap_milliwatts
     if waits and wanted > cap + _SAME_MILLIWATTS:
         return f"{watts(wanted)} are meant for it; {waits[0]}"
