@@ -84,33 +84,27 @@ class Site:
         self.limits = np.concatenate(([site], np.full(3, site * 0.36), np.full(RACKS, site / RACKS * 1.25)))
         self.limits = self.limits.astype(np.int64)
 
-    def clear(self, hulls, fixed):
-        """Caps per group: `fixed` groups keep theirs, the market shares out the rest."""
+    def clear(self, hulls):
+        """What the market gives each group."""
         classes = [h.to_class(f"m{i:02d}", band=1) for i, h in enumerate(hulls)]
-        goods = gather_goods(tuple(classes))
-        committed = np.zeros(self.forest.count, dtype=np.int64)
-        for group, cap in fixed.items():
-            committed[self.forest.position[self.group_domain[group]]] += cap * GPUS
-        free = np.array([g for g in range(self.group_model.size) if g not in fixed])
         fleet = muster(
             self.forest,
-            self.group_domain[free],
-            self.group_model[free],
+            self.group_domain,
+            self.group_model,
             MODELS,
-            np.full(free.size, GPUS),
+            np.full(self.group_model.size, GPUS),
         )
-        market = Market(self.forest, put_in_order(goods), fleet, committed)
+        committed = np.zeros(self.forest.count, dtype=np.int64)
+        market = Market(self.forest, put_in_order(gather_goods(tuple(classes))), fleet, committed)
         clearing = market.clear(self.limits[np.argsort(self.forest.position)])
         assert (clearing.drawn <= clearing.limits).all() or clearing.unfit.any()
         by_pair = {
             (int(d), int(c)): int(cap)
             for d, c, cap in zip(fleet.domain, fleet.class_index, clearing.caps, strict=True)
         }
-        caps = np.zeros(self.group_model.size, dtype=np.int64)
-        for group in range(caps.size):
-            position = int(self.forest.position[self.group_domain[group]])
-            caps[group] = fixed.get(group) or by_pair[position, int(self.group_model[group])]
-        return caps, clearing
+        positions = self.forest.position[self.group_domain]
+        pairs = zip(positions.tolist(), self.group_model.tolist(), strict=True)
+        return np.array([by_pair[pair] for pair in pairs]), clearing
 
     def made(self, caps, period):
         """Tokens per second and GPU of each group, without noise: each board caps by its own sensor."""
@@ -137,21 +131,16 @@ class Site:
         ]
 
 
-def choose_probes(site, states, period):
-    """One group per model tries another cap: down where that is safe, else where least is known."""
-    fixed = {}
-    racks_left = {}
+def choose_tries(site, states, caps, period):
+    """One group per model is tried at less than the market gives it."""
+    tried = {}
     for model, state in enumerate(states):
         groups = np.flatnonzero(site.group_model == model)
         group = int(groups[period % groups.size])
-        cap = state.next_step_down()
-        if cap is None and period % 3 == model % 3:
-            cap = state.least_known()
-        rack = int(site.group_domain[group])
-        if cap is not None and not racks_left.get(rack):
-            racks_left[rack] = 1
-            fixed[group] = int(cap)
-    return fixed
+        cap = state.next_try(int(caps[group]), anywhere=period % 3 == model % 3)
+        if cap is not None:
+            tried[group] = cap
+    return tried
 
 
 def run_site(seed):
@@ -173,17 +162,17 @@ def run_site(seed):
     first_hulls = [s.hull() for s in states]
     ratios, crossed, drained = [], 0, 0
     for period in range(PERIODS):
-        fixed = choose_probes(site, states, period)
-        caps, _ = site.clear([s.hull() for s in states], fixed)
+        caps, _ = site.clear([s.hull() for s in states])
+        tried = choose_tries(site, states, caps, period)
         # Where a rack does not carry the floors that are thought to be, a group is drained: it serves nobody.
         floors = np.array([states[m].safe_floor() for m in site.group_model])
         served = caps >= floors - 1000
-        served[list(fixed)] = True
+        caps[list(tried)] = list(tried.values())
         drained += int((~served).sum())
         crossed += site.crossed(caps, served, period)
         made = np.where(served, site.made(caps, period), 0.0)
         # What no caps can beat: the hulls of the true curves, bridges included.
-        best = site.clear(site.true_hulls(period), {})[1].tokens() / GPUS
+        best = site.clear(site.true_hulls(period))[1].tokens() / GPUS
         ratios.append(made.sum() / best)
         read = made * rng.normal(1.0, 0.02, size=made.size)
         for model, state in enumerate(states):
@@ -198,7 +187,7 @@ def run_site(seed):
                 for g in groups
             ]
             states[model] = learn(state, seen)
-    catalogue = site.made(site.clear(first_hulls, {})[0], PERIODS - 1).sum()
+    catalogue = site.made(site.clear(first_hulls)[0], PERIODS - 1).sum()
     uniform = np.full(site.group_model.size, int(site.limits[0] / site.group_model.size / GPUS))
     uniform_made = site.made(np.minimum(uniform, HIGH), PERIODS - 1).sum()
     confidence = float(np.mean([s.confidence() for s in states]))

@@ -159,6 +159,17 @@ class Learned:
         distance = np.abs(open_caps[:, None] - seen[None, :]).min(axis=1)
         return int(self.caps[open_caps[int(np.argmax(distance))]])
 
+    def next_try(self, present_milliwatts: int, *, anywhere: bool) -> int | None:
+        """A cap below the present one that is worth a look, on one group and for one control period; None: there is none.
+
+        One step below the floor where that is safe, else (`anywhere`) where least is known. Only ever lower than what
+        the market gave: nothing about a budget depends on it.
+        """
+        cap = self.next_step_down()
+        if cap is None and anywhere:
+            cap = self.least_known()
+        return cap if cap is not None and cap < present_milliwatts else None
+
     def hull(self) -> Hull:
         """What the market may sell: from the safe floor up."""
         caps, tokens = self.caps.astype(np.int64), self.estimate()
