@@ -8,7 +8,6 @@ written stands, whatever was not will be planned again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -21,7 +20,7 @@ from tokenfactory.api import names
 from tokenfactory.api.cap_sheet import CapSheet, labels_of
 from tokenfactory.api.checkpoint import Checkpoint
 from tokenfactory.api.gpu_node import GPUNode, GPUNodeSpec
-from tokenfactory.api.meta import OwnerReference, Resource
+from tokenfactory.api.meta import ObjectMeta, OwnerReference, Resource
 from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.owning import Taken, in_words, whose
@@ -37,6 +36,12 @@ from tokenfactory.kube.times import boot_seconds
 
 log = logging.getLogger(__name__)
 _STATUS_SECONDS = 10.0
+
+
+class _Named(msgspec.Struct, frozen=True):
+    """Of somebody's object, which need not fit our types, no more than whose it is."""
+
+    metadata: ObjectMeta
 
 
 class Actor:
@@ -148,15 +153,13 @@ class Actor:
 
     async def _apply(self, action: act.ApplyWorkload) -> Written[Any] | Refused:
         """Nobody else's object is touched: neither one that takes the place of ours, nor one that we did not know of."""
-        metadata, slot, held = action.manifest["metadata"], (action.kind.KIND, action.key), action.held
+        metadata, slot = action.manifest["metadata"], (action.kind.KIND, action.key)
         factory = msgspec.convert(metadata["ownerReferences"][0], OwnerReference)
-        if held is None:
-            with contextlib.suppress(NotFoundError):
-                held = await self._client.get(action.kind, action.key)
-            if held is not None and whose(held.metadata, factory.name, factory.uid) == "Others":
-                words = in_words(action.kind.KIND, held.metadata, factory.name)
-                self.taken.note(slot, words, int(boot_seconds() * 1000))
-                return Refused(words)
+        held = action.held.metadata if action.held is not None else await self._named(action)
+        if action.held is None and held is not None and whose(held, factory.name, factory.uid) == "Others":
+            words = in_words(action.kind.KIND, held, factory.name)
+            self.taken.note(slot, words, int(boot_seconds() * 1000))
+            return Refused(words)
         self.taken.free(slot)
         # Made between our look and our write, somebody's object has fields of theirs, which without force are refused.
         return await self.writer.apply(
@@ -165,9 +168,17 @@ class Actor:
             {"spec": action.manifest["spec"]},
             labels=metadata["labels"],
             owners=(factory,),
-            only_if=Precondition.of(held, exact=False) if held is not None else Precondition(),
+            only_if=Precondition(held.uid or "") if held is not None else Precondition(),
             force=held is not None,
         )
+
+    async def _named(self, action: act.ApplyWorkload) -> ObjectMeta | None:
+        """What the API server has under that name: our caches hold only what bears our label."""
+        try:
+            answer = await self._client.request("GET", object_path(action.kind, action.key), repeatable=True)
+        except NotFoundError:
+            return None
+        return msgspec.json.decode(answer, type=_Named).metadata
 
     async def _record(
         self, action: act.RecordCheckpoint | act.RecordProfile

@@ -11,9 +11,12 @@ from tokenfactory.api.meta import ObjectMeta, OwnerReference
 from tokenfactory.api.names import FACTORY_LABEL, MODEL_LABEL
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
+from tokenfactory.controller.actor import Actor
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.controller.owning import whose
-from tokenfactory.controller.workloads import SPEC_LABEL
+from tokenfactory.controller.workloads import SPEC_LABEL, WorkloadOptions, deployment
+from tokenfactory.kube.apply import Written
+from tokenfactory.kube.errors import NotFoundError, Status
 
 KEY = ("inference", "chat-llama")
 
@@ -205,3 +208,74 @@ CONTROLLED = OwnerReference(kind="Other", name="x", uid="x", controller=True)
 def test_an_object_is_ours_by_its_owner_or_by_marks_that_only_we_set(name, labels, owners, verdict):
     meta = ObjectMeta(name=name, labels=labels, owner_references=owners)
     assert whose(meta, "chat", "me") == verdict
+
+
+class Server:
+    """An API server with one object, or none, and the last apply that came to it."""
+
+    def __init__(self, there: dict[str, Any] | None) -> None:
+        self.there = there
+        self.applied: dict[str, Any] | None = None
+
+    async def request(self, method: str, path: str, **_: Any) -> bytes:
+        assert (method, path) == ("GET", "/apis/apps/v1/namespaces/inference/deployments/chat-llama")
+        if self.there is None:
+            raise NotFoundError("GET", Status(code=404))
+        return msgspec.json.encode(self.there)
+
+    async def apply(self, *_: Any, **how: Any) -> Written[Any]:
+        self.applied = how
+        return Written(None)
+
+
+def deployed(held: Deployment | None = None) -> act.ApplyWorkload:
+    made = msgspec.convert(
+        {**factory(model()), "metadata": {"name": "chat", "namespace": "inference"}}, TokenFactory
+    )
+    made = msgspec.structs.replace(made, metadata=msgspec.structs.replace(made.metadata, uid="me"))
+    manifest = deployment(made, made.spec.models[0], 1, WorkloadOptions(image="x"))
+    return act.ApplyWorkload(Deployment, KEY, manifest, "", held)
+
+
+def by(uid: str) -> list[dict[str, Any]]:
+    return [{"kind": "TokenFactory", "name": "chat", "uid": uid, "controller": True}]
+
+
+@pytest.mark.parametrize(
+    ("there", "how"),
+    [
+        (None, ("", False)),
+        ({"metadata": {"name": "chat-llama", "uid": "7", "ownerReferences": by("me")}}, ("7", True)),
+        ({"metadata": {"name": "chat-llama", "uid": "7", "labels": OURS}}, ("7", True)),
+        ({"metadata": {"name": "chat-llama", "uid": "7"}, "status": "odd"}, None),
+        (
+            {"metadata": {"name": "chat-llama", "uid": "7", "ownerReferences": by("old"), "labels": OURS}},
+            None,
+        ),
+    ],
+    ids=["nothing", "ours without its label", "left behind", "somebody's", "a deleted factory's"],
+)
+async def test_what_no_cache_holds_is_looked_at_before_it_is_written(there, how):
+    """By (uid of what is written over, forced); None: not written."""
+    server = Server(there)
+    actor = Actor(server, None, lambda: None)  # type: ignore[arg-type]
+    actor.writer = server  # type: ignore[assignment]
+    assert await actor.execute([deployed()]) == (how is not None)
+    taken = actor.taken.at(0)
+    if how is None:
+        assert server.applied is None
+        assert "Deployment chat-llama is" in taken["Deployment", KEY].words
+    else:
+        assert server.applied is not None
+        assert (server.applied["only_if"].uid, server.applied["force"]) == how
+        assert not taken
+
+
+async def test_what_is_held_is_written_as_that_very_object():
+    server = Server(None)
+    actor = Actor(server, None, lambda: None)  # type: ignore[arg-type]
+    actor.writer = server  # type: ignore[assignment]
+    held = Deployment(metadata=ObjectMeta(name="chat-llama", namespace="inference", uid="7"))
+    assert await actor.execute([deployed(held)])
+    assert server.applied is not None
+    assert (server.applied["only_if"].uid, server.applied["force"]) == ("7", True)
