@@ -47,7 +47,7 @@ class Site:
         return [sheet for sheet in await self.all(CapSheet) if sheet.spec.renewal is None]
 
     async def serves(self) -> bool:
-        self.operator.check()
+        self.operator.keep()
         self.fleet.check()
         factories = await self.all(TokenFactory)
         return len(factories) == 2 and all(

@@ -48,7 +48,7 @@ def plans(count: int, first: int = 0) -> list[NodePlan]:
     ]
 
 
-def manifests(nodes: int) -> str:
+def manifests(nodes: int, detect_seconds: int = 15) -> str:
     racks = -(-nodes // RACK)
     halls = -(-nodes // HALL)
     found: list[dict[str, Any]] = [
@@ -62,6 +62,8 @@ def manifests(nodes: int) -> str:
         found.append(domain(f"r{rack:04}", RACK * 8_000, parent=parent, nodeSelector=selector))
     found.append(_factory("chat", "llama-70b", "llama-3.1-70b", 8, nodes - nodes // 2, 100))
     found.append(_factory("batch", "llama-8b", "llama-3.1-8b", 4, nodes // 2 * 2, 50))
+    for factory in found[-2:]:
+        factory["spec"]["recovery"] = {"detectAfter": f"{detect_seconds}s"}
     return "\n---\n".join(map(json.dumps, found))
 
 
@@ -186,6 +188,7 @@ class Operator:
 
     def __init__(self, cluster: Cluster, log: Path) -> None:
         self.log = log
+        self.restarts = 0
         self._cluster = cluster
         self._running: Any = None
         self.process: psutil.Process
@@ -200,17 +203,25 @@ class Operator:
             end_process(self._running, kill=kill)
             self._running = None
 
+    def keep(self) -> None:
+        """As its Deployment would: a process that has ended (it may have lost its Lease) is started anew."""
+        if self._running.poll() is not None:
+            self.restarts += 1
+            self.start()
+
     def check(self) -> None:
         if self._running.poll() is not None:
-            raise RuntimeError(
-                f"the operator ended with {self._running.returncode}:\n{self.log.read_text()[-4000:]}"
-            )
+            text = self.log.read_text()
+            raise RuntimeError(f"the operator ended with {self._running.returncode}:\n{text[-4000:]}")
 
     def said(self, what: str, since: int = 0) -> bool:
         """Is this event in its log, from that byte on?"""
+        return what in self.tail(since)
+
+    def tail(self, since: int) -> str:
         with self.log.open("rb") as log:
             log.seek(since)
-            return what.encode() in log.read()
+            return log.read().decode(errors="replace")
 
     def cpu_seconds(self) -> float:
         times = self.process.cpu_times()
