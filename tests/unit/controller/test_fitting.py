@@ -311,6 +311,18 @@ def test_a_volume_for_one_node_at_a_time_keeps_its_pods_together():
     assert "not with pods with claim inference/model-cache (same node name)" in why(world)[1]
 
 
+def test_a_dead_node_keeps_no_volume():
+    world = with_cache()
+    world.claim(modes=("ReadWriteOnce",))
+    world.settle()
+    (dead,) = where(world)
+    world.agents[dead].alive = False
+    for _ in range(30):
+        world.others()
+        world.operate()
+    assert where(world) - {dead}, "its replacement serves elsewhere"
+
+
 # --- what is at hand
 
 

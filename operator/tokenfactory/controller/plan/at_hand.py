@@ -52,9 +52,10 @@ class AtHand:
                 self._restorable.setdefault(product, set()).add(name)
 
     def on(self, host: GpuHost) -> frozenset[str]:
-        named = {name for image in host.node.status.images for name in image.names} if host.node else set()
+        images = host.node.status.images if host.node else ()
+        there = {name for image in images for name in image.names if name in self._images}
         caches = self._restorable.get(host.product, set()) | self._restorable.get(_ANY_PRODUCT, set())
-        return (self._images & named) | caches
+        return frozenset(there | caches)
 
 
 def checkpoints_of(world: World, replica: Replica) -> Iterator[Checkpoint]:

@@ -60,6 +60,9 @@ def beside(
         return found
     for rule in wanted:
         there = (node for pod, node in standing if marks[rule.mark](pod))
+        if rule.topology_key == NODE_NAME:
+            # A dead node may keep its pods for ever, and their successors must not wait for it.
+            there = (node for node in there if _can_mount(world, node))
         found.standing[rule] = _by_value(world, rule.topology_key, there)
     for rule, nodes in refusing.items():
         found.refusing[rule] = _by_value(world, rule.topology_key, nodes)
@@ -67,6 +70,11 @@ def beside(
         mine = frozenset(mark for mark, matches in marks.items() if matches(pod))
         found.rules[pod.metadata.uid or ""] = Rules(mine, *asked[pod.metadata.uid or ""])
     return found
+
+
+def _can_mount(world: World, node: str) -> bool:
+    host = world.hosts.get(node)
+    return host is None or not world.cut_off(host)
 
 
 def _by_value(world: World, key: str, nodes: Iterable[str]) -> dict[str, int]:
