@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tokenfactory.controller.plan.demands import NODE_NAME, claim_names
+from tokenfactory.controller.plan.demands import NODE_NAME, claim_names, claims_of
 from tokenfactory.controller.plan.world import World
 from tokenfactory.kube.constraints import PodTerm, Selector, SpreadConstraint
 from tokenfactory.kube.objects import Pod
@@ -39,23 +39,20 @@ class Beside:
     refusing: Counts = field(default_factory=dict)
 
 
-def beside(
-    world: World, waiting: Sequence[tuple[Pod, tuple[str, ...]]], standing: Sequence[tuple[Pod, str]]
-) -> Beside:
-    """Of the pods that wait, each with its claims that one node at a time may mount."""
+def beside(world: World, waiting: Sequence[Pod], standing: Sequence[tuple[Pod, str]]) -> Beside:
     marks: dict[str, Matches] = {}
     found = Beside()
     asked: dict[str, tuple[tuple[SpreadRule, ...], tuple[PodRule, ...], tuple[PodRule, ...]]] = {}
-    for pod, shared in waiting:
+    for pod in waiting:
         spread, near, apart = _spread(world, pod, marks), _near(world, pod, marks), _apart(world, pod, marks)
         asked[pod.metadata.uid or ""] = (
             spread,
-            (*near, *(_same_node(pod, name, marks) for name in shared)),
+            (*near, *(_same_node(pod, name, marks) for name in claims_of(world, pod).shared)),
             apart,
         )
     wanted = {rule for _, near, apart in asked.values() for rule in (*near, *apart)}
     wanted |= {each.rule for spread, _, _ in asked.values() for each in spread}
-    refusing = _refusing(world, [pod for pod, _ in waiting], standing, marks)
+    refusing = _refusing(world, waiting, standing, marks)
     if not wanted and not refusing:
         return found
     for rule in wanted:
@@ -66,7 +63,7 @@ def beside(
         found.standing[rule] = _by_value(world, rule.topology_key, there)
     for rule, nodes in refusing.items():
         found.refusing[rule] = _by_value(world, rule.topology_key, nodes)
-    for pod, _ in waiting:
+    for pod in waiting:
         mine = frozenset(mark for mark, matches in marks.items() if matches(pod))
         found.rules[pod.metadata.uid or ""] = Rules(mine, *asked[pod.metadata.uid or ""])
     return found

@@ -14,7 +14,7 @@ from tokenfactory.controller.plan.beside import Rules, beside
 from tokenfactory.controller.plan.candidates import DOMAIN, Site
 from tokenfactory.controller.plan.classes import REASON as TOO_MANY
 from tokenfactory.controller.plan.classes import Classes
-from tokenfactory.controller.plan.demands import Claims, affinity_of, claims_of, tolerations_of
+from tokenfactory.controller.plan.demands import affinity_of, claims_of, tolerations_of
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.hulls import model_hull, worthwhile
 from tokenfactory.controller.plan.leftovers import NOTHING_KNOWN, Known
@@ -51,11 +51,10 @@ def choose(
         if replica.gated and not replica.terminating and replica.uid not in world.granted_on
     }
     gathering = _gathering(world)
-    claims = {name: claims_of(world, replica.pod) for name, replica in waiting.items()}
     stopped = [
         Unplaced(replica, *why)
-        for name, replica in waiting.items()
-        if (why := _cannot_begin(claims[name], replica, gathering))
+        for replica in waiting.values()
+        if (why := _cannot_begin(world, replica, gathering))
     ]
     held_back = {each.replica.uid for each in stopped}
     waiting = {name: replica for name, replica in waiting.items() if replica.uid not in held_back}
@@ -65,9 +64,7 @@ def choose(
     # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
     rooms = Rooms(world, grid, ledger, ranges)
     site = Site(world, grid, tuple(waiting.values()), asked, refused.mute)
-    between = beside(
-        world, [(replica.pod, claims[name].shared) for name, replica in waiting.items()], site.standing
-    )
+    between = beside(world, [replica.pod for replica in waiting.values()], site.standing)
     classes = Classes(world, grid, ledger)
     alike: dict[tuple[Slot, bytes], PodRequest | str] = {}
     pods = []
@@ -75,14 +72,8 @@ def choose(
         slot = key_of(replica.factory), replica.model.name
         kind = slot, msgspec.json.encode(replica.pod.spec)
         if kind not in alike:
-            like = rooms.refuse(_request(world, grid, name, replica, ranges), replica)
-            like = replace(
-                like,
-                not_on=refused.nodes(slot),
-                volumes=claims[name].volumes,
-                resources=site.known[replica.uid][1],
-            )
-            alike[kind] = classes.refuse(like, replica)
+            like = _request(world, grid, site, refused, ranges, replica)
+            alike[kind] = classes.refuse(rooms.refuse(like, replica), replica)
         found = alike[kind]
         if isinstance(found, str):
             stopped.append(Unplaced(replica, TOO_MANY, found))
@@ -110,12 +101,12 @@ def _with_rules(pod: PodRequest, rules: Rules | None) -> PodRequest:
     return replace(pod, marks=rules.marks, spread=rules.spread, near=rules.near, apart=rules.apart)
 
 
-def _cannot_begin(claims: Claims, replica: Replica, gathering: Mapping[str, str]) -> tuple[str, str] | None:
+def _cannot_begin(world: World, replica: Replica, gathering: Mapping[str, str]) -> tuple[str, str] | None:
     """Why no node is looked for yet."""
     if replica.group in gathering:
         return "GroupIncomplete", gathering[replica.group]
-    if claims.missing:
-        where = f"PersistentVolumeClaim {' and '.join(claims.missing)} in namespace {replica.pod.metadata.namespace}"
+    if missing := claims_of(world, replica.pod).missing:
+        where = f"PersistentVolumeClaim {' and '.join(missing)} in namespace {replica.pod.metadata.namespace}"
         return "ClaimMissing", f"there is no {where}: create it, or correct the model's checkpoint.claim"
     return None
 
@@ -143,8 +134,14 @@ def _gathering(world: World) -> dict[str, str]:
 
 
 def _request(
-    world: World, grid: Grid, name: str, replica: Replica, ranges: Mapping[str, tuple[int, int]]
+    world: World,
+    grid: Grid,
+    site: Site,
+    refused: Refusals,
+    ranges: Mapping[str, tuple[int, int]],
+    replica: Replica,
 ) -> PodRequest:
+    """What pods of this kind ask for; their names, groups and labels are their own."""
     namespace, factory, model = replica.pod.metadata.namespace, replica.factory, replica.model
     offers = {}
     for product, (low, high) in ranges.items():
@@ -152,13 +149,16 @@ def _request(
         watts = hull.milliwatts[hull.knee] / 1000
         offers[product] = Offer(worthwhile(hull) - low, hull.tokens[hull.knee] / watts if watts else 0.0)
     return PodRequest(
-        name=name,
+        name="",
         model=f"{namespace}/{factory.metadata.name}/{model.name}",
         gpus=model.gpus_per_replica,
         offers=offers,
         band=model.band,
         value=float(parse_decimal(model.value_per_million_tokens)),
         loads=loads(replica),
+        not_on=refused.nodes((key_of(factory), model.name)),
+        volumes=claims_of(world, replica.pod).volumes,
+        resources=site.known[replica.uid][1],
         selector={
             **factory.spec.node_selector,
             **replica.pod.spec.node_selector,
