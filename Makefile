@@ -80,7 +80,7 @@ fault: venv ## the fault search over ledger and governor: a million steps, some 
 model: venv ## every history of small sites, exhaustively, and each deliberate bug's shortest trace
 	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PY) -m tests.fault.model
 
-SITES ?= 4
+SITES ?= 5
 WALKS ?= 8
 POINTS ?= 0
 .PHONY: crash

@@ -45,6 +45,7 @@ from tokenfactory.twin.toolchain import cache_folder
 VALUES = ("leaderWorkerSets.enabled=true",)
 STRIPES = {"factory": 2, "group": 2, "rollout": 2, "failover": 2}
 """Rounds with so many points that several sites share them."""
+WALK = "walk"
 UNDISTURBED = "undisturbed"
 MORE = 2
 """Points beyond what the undisturbed chapter wrote: how often a status is written depends on the moment."""
@@ -138,7 +139,7 @@ class Worker:
         self._answers.put({"what": what, **more})
 
     async def _take(self, mortal: Mortal, task: Task) -> None:
-        if task.name == "walk":
+        if task.name == WALK:
             await self._walk(mortal, task.number)
         else:
             await self._go_through(mortal, ROUNDS[task.name], task)
@@ -304,13 +305,15 @@ def _work(options: argparse.Namespace, folder: Path, tasks: Any, answers: Any) -
 
 def tasks_of(options: argparse.Namespace) -> list[Task]:
     """The long ones first; walks fill what is left."""
-    names = options.only or list(ROUNDS)
+    wanted = set(options.only or (*ROUNDS, WALK))
     found = [
-        Task(name, number, STRIPES.get(name, 1)) for name in names for number in range(STRIPES.get(name, 1))
+        Task(name, number, STRIPES.get(name, 1))
+        for name in ROUNDS
+        if name in wanted
+        for number in range(STRIPES.get(name, 1))
     ]
-    if options.only:
-        return found
-    return found + [Task("walk", number) for number in range(options.seed, options.seed + options.walks)]
+    walks = range(options.seed, options.seed + options.walks) if WALK in wanted else ()
+    return found + [Task(WALK, number) for number in walks]
 
 
 def search(options: argparse.Namespace, record: Path | None, folder: Path, score: Score) -> None:
@@ -430,10 +433,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--walks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=16, help="of each walk")
     parser.add_argument(
-        "--workers", type=int, default=4, help="sites side by side: each takes about half a core"
+        "--workers", type=int, default=5, help="sites side by side: each takes about half a core"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=sorted(ROUNDS), help="these rounds of chapters, and no walk"
+        "--only", nargs="+", choices=[*ROUNDS, WALK], help="these rounds of chapters; walk: the walks"
     )
     parser.add_argument("--again", action="store_true", help="take again what this commit has been through")
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{SYSTEM_NAMESPACE}/leases/toke
 ROOT = "hall"
 QUIET_SECONDS = 1.5
 GLANCE_SECONDS = 0.75
-"""So long without a write before all of the site is looked at, which costs a dozen requests."""
+"""So long without a write, and without a look, before all of the site is looked at: that costs a dozen requests."""
 PATIENCE_SECONDS = 180.0
 
 
@@ -158,7 +158,7 @@ class Mortal:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE_SECONDS
-        written, since = self.written(), loop.time()
+        written, since, looked = self.written(), loop.time(), 0.0
         found = None
         while not begun or found != expected or loop.time() - since < QUIET_SECONDS:
             await asyncio.sleep(0.25)
@@ -168,9 +168,9 @@ class Mortal:
             assert self._site.operator_lives, "the operator ended by itself"
             if self.written() != written:
                 begun = True
-                written, since = self.written(), loop.time()
-            if loop.time() - since >= GLANCE_SECONDS or loop.time() >= deadline:
-                found = matters(await outcome(self.scene))
+                written, since, found = self.written(), loop.time(), None
+            if loop.time() - max(since, looked) >= GLANCE_SECONDS or loop.time() >= deadline:
+                found, looked = matters(await outcome(self.scene)), loop.time()
             assert loop.time() < deadline, (
                 f"it did not come to rest: {difference(found, expected) or ('it goes on writing' if begun else 'it does nothing')}"
             )
