@@ -13,7 +13,7 @@ from tokenfactory.api.power_profile import PowerProfile
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.plan.hulls import model_hull
 from tokenfactory.controller.plan.memory import Memory
-from tokenfactory.controller.plan.profiles import profile_of
+from tokenfactory.controller.plan.profiles import learned_of
 from tokenfactory.controller.plan.world import see
 from tokenfactory.kube.objects import Pod
 
@@ -122,18 +122,21 @@ def test_learning_goes_on_with_the_caps_and_is_used_once_it_is_sure(walked: Smal
     model = world.snapshot().factories["inference", "chat"].spec.models[0]
     told = known(world)
     assert float(told.status.confidence) >= 0.5
-    sure = model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000)
+    sure = model_hull(see(world.snapshot(), OPTIONS.workloads), "inference", model, H100, 200_000, 700_000)
     assert sure.tokens[-1] == pytest.approx(500, rel=0.1)
     assert sure.milliwatts[sure.knee] == pytest.approx(450_000, rel=0.1)
     world.put(msgspec.structs.replace(told, status=msgspec.structs.replace(told.status, confidence="0.49")))
-    unsure = model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000)
+    unsure = model_hull(see(world.snapshot(), OPTIONS.workloads), "inference", model, H100, 200_000, 700_000)
     world.objects[PowerProfile].clear()
     assert (
-        unsure == model_hull(see(world.snapshot(), OPTIONS.workloads), model, H100, 200_000, 700_000) != sure
+        unsure
+        == model_hull(see(world.snapshot(), OPTIONS.workloads), "inference", model, H100, 200_000, 700_000)
+        != sure
     )
 
 
-def test_a_persons_profile_keeps_its_spec_and_learns_in_its_status(world: SmallWorld):
+def test_a_persons_profile_that_is_named_keeps_its_spec_and_learns_in_its_status(world: SmallWorld):
+    world.apply(factory({**LLAMA, "powerProfile": "ours"}))
     world.apply(profile("ours", H100, (256, "250W", "300"), (256, "700W", "1200"), gpusPerReplica=4))
     spec = known(world).spec
     world.meters = Serving(world)
@@ -142,6 +145,28 @@ def test_a_persons_profile_keeps_its_spec_and_learns_in_its_status(world: SmallW
     assert known(world).spec == spec
     assert known(world).status.learned
     assert names.LEARNED_LABEL not in known(world).metadata.labels
+
+
+def test_a_persons_profile_that_only_fits_is_begun_from_and_learns_nothing_of_a_tenant(world: SmallWorld):
+    world.apply(profile("ours", H100, (256, "250W", "300"), (256, "700W", "1200"), gpusPerReplica=4))
+    world.meters = Serving(world)
+    live(world, 20)
+    ours = world.objects[PowerProfile]["", "ours"]
+    assert ours.status.learned == ()
+    (made,) = (each for each in world.objects[PowerProfile].values() if each is not ours)
+    assert [point.watts for point in made.spec.points] == ["250W", "700W"]
+    assert made.status.learned
+
+
+def test_what_one_namespace_measures_moves_no_cap_of_another(walked: SmallWorld):
+    world = see(walked.snapshot(), OPTIONS.workloads)
+    model = walked.snapshot().factories["inference", "chat"].spec.models[0]
+    assert learned_of(world, "inference", model, H100) is not None
+    assert learned_of(world, "research", model, H100) is None
+    told = model_hull(world, "inference", model, H100, 200_000, 700_000)
+    assert model_hull(world, "research", model, H100, 200_000, 700_000) != told
+    named = msgspec.structs.replace(model, power_profile=known(walked).metadata.name)
+    assert model_hull(world, "research", named, H100, 200_000, 700_000) == told
 
 
 def test_a_model_that_names_a_profile_which_is_not_there_has_what_was_learned_written_once(world: SmallWorld):
@@ -155,8 +180,8 @@ def test_replicas_of_another_size_have_a_learned_profile_of_their_own(walked: Sm
     made = known(world)
     model = world.snapshot().factories["inference", "chat"].spec.models[0]
     wider = msgspec.structs.replace(model, gpus_per_replica=8)
-    assert profile_of(see(world.snapshot(), OPTIONS.workloads), model, H100) == made
-    assert profile_of(see(world.snapshot(), OPTIONS.workloads), wider, H100) is None
+    assert learned_of(see(world.snapshot(), OPTIONS.workloads), "inference", model, H100) == made
+    assert learned_of(see(world.snapshot(), OPTIONS.workloads), "inference", wider, H100) is None
 
 
 @pytest.mark.parametrize("said", ["yesterday", "2026-11-21T12:00:00"])

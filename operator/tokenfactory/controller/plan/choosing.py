@@ -145,7 +145,7 @@ def _request(
     namespace, factory, model = replica.pod.metadata.namespace, replica.factory, replica.model
     offers = {}
     for product, (low, high) in ranges.items():
-        hull = model_hull(world, model, product, low, high)
+        hull = model_hull(world, namespace or "", model, product, low, high)
         watts = hull.milliwatts[hull.knee] / 1000
         offers[product] = Offer(worthwhile(hull) - low, hull.tokens[hull.knee] / watts if watts else 0.0)
     return PodRequest(

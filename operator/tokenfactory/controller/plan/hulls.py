@@ -28,7 +28,8 @@ def hulls_of(world: World, ranges: Mapping[str, tuple[int, int]]) -> dict[str, H
     for label, (low, high) in ranges.items():
         found = find_model(world, label)
         if found is not None:
-            hulls[label] = model_hull(world, found[1], names.class_product(label), low, high)
+            namespace = found[0].metadata.namespace or ""
+            hulls[label] = model_hull(world, namespace, found[1], names.class_product(label), low, high)
         else:
             # Replicas of a model that is gone finish their requests on what nobody else needs.
             hulls[label] = unknown(low, high) if names.class_owner(label) else parked(low)
@@ -48,9 +49,9 @@ def find_model(world: World, label: str) -> tuple[TokenFactory, ModelSpec] | Non
     return next(((factory, model) for model in factory.spec.models if model.name == owner[2]), None)
 
 
-def model_hull(world: World, model: ModelSpec, product: str, low: int, high: int) -> Hull:
+def model_hull(world: World, namespace: str, model: ModelSpec, product: str, low: int, high: int) -> Hull:
     """From the PowerProfile that is named or that fits, else from the catalogue."""
-    points = model_points(world, model, product, high)
+    points = model_points(world, namespace, model, product, high)
     return _hull(points, goals_of(model), low, high, model.gpus_per_replica)
 
 

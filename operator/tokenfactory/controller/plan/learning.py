@@ -1,16 +1,14 @@
 """What saturated replicas make at the caps that they are given, written down as PowerProfiles.
 
-The operator watches and tries nothing: caps move with limits and traffic, and each minute at a steady cap tells one
-point. What a replica makes of little traffic says nothing of what it could make, so only full ones count. A person's
+Caps move with limits and traffic, where a factory lets it by tries of the operator's own (see `trying`), and each minute
+at a steady cap tells one point. What a replica makes of little traffic says nothing of what it could make, so only full ones count. A person's
 profile keeps its spec, and its status says what was learned; where there is none, the operator makes one of its own.
 Planning uses what was learned once it is sure enough of it (see `profiles`). Written seldom: when it says something new.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,13 +23,17 @@ from tokenfactory.api.quantities import Milliwatts, format_power
 from tokenfactory.controller.actions import Action, RecordProfile, WriteStatus
 from tokenfactory.controller.plan.profiles import (
     SURE_ENOUGH,
+    Subject,
     blank,
     confidence_of,
     given_points,
     gpu_range,
+    inter_token_milliseconds,
+    learned_of,
     points_of,
+    profile_name,
     profile_of,
-    repository_of,
+    subject_of,
 )
 from tokenfactory.controller.plan.status import decimal
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
@@ -49,9 +51,6 @@ LEAST_SECONDS: Final = 600.0
 """Between two words."""
 NEWS: Final = 0.03
 SURER: Final = 0.1
-
-Subject = tuple[str, str, int]
-"""(served model, GPU product, GPUs per replica)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def learn_profiles(world: World, before: Lessons) -> tuple[Lessons, list[Action]
             continue
         seen[replica.uid] = caps[0], meter.generated_tokens, meter.since
         if _steady(before.seen.get(replica.uid), seen[replica.uid]) and _full(meter):
-            subject = _subject(replica, host)
+            subject = _subject(world, replica, host)
             of.setdefault(subject, replica)
             told[subject].append((_observed(meter, caps), meter.running))
     known = dict(before.known)
@@ -114,8 +113,12 @@ def _full(meter: PodMeter) -> bool:
     return meter.running > 0 and (meter.queued > 0 or meter.cache_permille >= FULL_CACHE_PERMILLE)
 
 
-def _subject(replica: Replica, host: GpuHost) -> Subject:
-    return repository_of(replica.model), host.product, replica.model.gpus_per_replica
+def _subject(world: World, replica: Replica, host: GpuHost) -> Subject:
+    return subject_of(world, _namespace(replica), replica.model, host.product)
+
+
+def _namespace(replica: Replica) -> str:
+    return replica.pod.metadata.namespace or ""
 
 
 def _observed(meter: PodMeter, caps: list[int]) -> Observation:
@@ -133,15 +136,17 @@ def _learned(
     lesson = before or _recalled(world, subject, replica)
     running = sum(count for _, count in observations) / len(observations)
     concurrency = running if not lesson.concurrency else 0.9 * lesson.concurrency + 0.1 * running
-    state = learn(lesson.state, (seen for seen, _ in observations), KEEP)
+    asked = replace(lesson.state, allowed_milliseconds=inter_token_milliseconds(replica.model))
+    state = learn(asked, (seen for seen, _ in observations), KEEP)
     return Lesson(state, lesson.samples + 1, concurrency)
 
 
 def _recalled(world: World, subject: Subject, replica: Replica) -> Lesson:
     """From what its profile says of before we led, else from nothing."""
-    profile = profile_of(world, replica.model, subject[1])
-    low, high = gpu_range(world)[subject[1]]
-    state = blank(given_points(profile, replica.model, subject[1], high), low, high)
+    model, product = replica.model, subject.product
+    low, high = gpu_range(world)[product]
+    state = blank(given_points(profile_of(world, model, product), model, product, high), model, low, high)
+    profile = learned_of(world, _namespace(replica), model, product)
     if profile is None or not profile.status.learned:
         return Lesson(state, 0, 0.0)
     concurrency = float(profile.status.learned[0].concurrency)
@@ -152,21 +157,23 @@ def _tell(world: World, subject: Subject, replica: Replica, lesson: Lesson) -> I
     known = lesson.state.points()
     if lesson.samples < LEAST_SAMPLES or not known:
         return
-    profile = profile_of(world, replica.model, subject[1])
+    profile = learned_of(world, _namespace(replica), replica.model, subject.product)
     learned = _as_points(_at_load(known, max(1, round(lesson.concurrency))))
     if profile is None:
         if ("", profile_name(subject)) in world.snapshot.profiles:
             return  # made before, and the model names another one, which is not there
-        high = gpu_range(world)[subject[1]][1]
-        given = given_points(None, replica.model, subject[1], high)
+        high = gpu_range(world)[subject.product][1]
+        begun_from = profile_of(world, replica.model, subject.product)
+        given = given_points(begun_from, replica.model, subject.product, high)
         yield RecordProfile(
             profile_name(subject),
             PowerProfileSpec(
-                model=subject[0],
-                gpu_product=subject[1],
-                gpus_per_replica=subject[2],
+                model=subject.repository,
+                gpu_product=subject.product,
+                gpus_per_replica=subject.gpus,
                 points=_as_points(given) if given else learned,
-                source="the operator's own: points are where it began, status.learned is what it measured",
+                source=f"the operator's own for namespace {subject.namespace}: points are where it began, status.learned is "
+                "what it measured",
             ),
             f"saturated replicas were seen for {lesson.samples} minutes",
         )
@@ -228,13 +235,3 @@ def _as_points(points: Iterable[Point]) -> tuple[ProfilePoint, ...]:
             inter_token_latency=f"{max(1, math.ceil(late))}ms" if late else None,
         )
     return tuple(found.values())
-
-
-def profile_name(subject: Subject) -> str:
-    """A name that people can read, and that no two subjects share."""
-    model, product, gpus = subject
-    words = (
-        re.sub(r"[^a-z0-9]+", "-", f"{model.rsplit('/', 1)[-1]}-{product}".lower()).strip("-")[:40].strip("-")
-    )
-    digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:8]
-    return f"learned-{words}-{gpus}gpu-{digest}"

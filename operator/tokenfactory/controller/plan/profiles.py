@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from tokenfactory.api import names
 from tokenfactory.api.actuators import Actuators
@@ -13,10 +15,22 @@ from tokenfactory.api.token_factory import ModelSpec
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import catalogue
 from tokenfactory.planning.power.learning import Learned, begin, bend, best_by_cap
-from tokenfactory.planning.power.profile import Point
+from tokenfactory.planning.power.profile import Point, Requirement, hull_of
 
 SURE_ENOUGH: Final = 0.5
 """Below this confidence nothing that was learned is used."""
+
+
+class Subject(NamedTuple):
+    """What is learned of together."""
+
+    named: str
+    """The profile that its models name; empty: none."""
+    namespace: str
+    repository: str
+    product: str
+    gpus: int
+    """Per replica: what was learned of replicas of one size says nothing of others."""
 
 
 def repository_of(model: ModelSpec) -> str:
@@ -29,27 +43,61 @@ def is_learned(profile: PowerProfile) -> bool:
 
 
 def profile_of(world: World, model: ModelSpec, product: str) -> PowerProfile | None:
-    """The profile that is named or that fits; a person's before one that was learned."""
+    """The profile that is named, or a person's that fits."""
     repository = repository_of(model)
     called = {repository, repository.rsplit("/", 1)[-1]}
     fitting = [
-        (is_learned(profile), name, profile)
+        (name, profile)
         for (_, name), profile in world.snapshot.profiles.items()
         if profile.spec.gpu_product in {product, product.replace(" ", "-")}
-        # What was learned of replicas of one size says nothing of others: two would overwrite each other for ever.
-        and (not is_learned(profile) or profile.spec.gpus_per_replica == model.gpus_per_replica)
-        and (model.power_profile == name if model.power_profile else profile.spec.model in called)
+        and (
+            model.power_profile == name
+            if model.power_profile
+            else not is_learned(profile) and profile.spec.model in called
+        )
     ]
-    return min(fitting, key=lambda each: each[:2])[2] if fitting else None
+    return min(fitting, key=lambda each: each[0])[1] if fitting else None
 
 
-def model_points(world: World, model: ModelSpec, product: str, high: int = 0) -> tuple[Point, ...]:
+def subject_of(world: World, namespace: str, model: ModelSpec, product: str) -> Subject:
+    """What a measurement speaks of. Namespaces learn apart: what one tenant's requests and settings make of a GPU must
+    not move another's caps. Who names a profile shares what is learned there.
+    """
+    named = model.power_profile if profile_of(world, model, product) is not None else None
+    return Subject(
+        named or "", "" if named else namespace, repository_of(model), product, model.gpus_per_replica
+    )
+
+
+def learned_of(world: World, namespace: str, model: ModelSpec, product: str) -> PowerProfile | None:
+    """Where what is learned of it is written: the profile that it names, else the operator's own for its namespace."""
+    if model.power_profile:
+        return profile_of(world, model, product)
+    subject = subject_of(world, namespace, model, product)
+    found = world.snapshot.profiles.get(("", profile_name(subject)))
+    return found if found is not None and is_learned(found) else None
+
+
+def profile_name(subject: Subject) -> str:
+    """A name that people can read, and that no two subjects share."""
+    words = f"{subject.repository.rsplit('/', 1)[-1]}-{subject.product}".lower()
+    words = re.sub(r"[^a-z0-9]+", "-", words).strip("-")[:40].strip("-")
+    digest = hashlib.sha256(repr(tuple(subject)).encode()).hexdigest()[:8]
+    return f"learned-{words}-{subject.gpus}gpu-{digest}"
+
+
+def model_points(
+    world: World, namespace: str, model: ModelSpec, product: str, high: int = 0
+) -> tuple[Point, ...]:
     """What is planned with; empty for what nobody measured."""
-    profile = profile_of(world, model, product)
-    given = given_points(profile, model, product, high)
-    if profile is None or not profile.status.learned or confidence_of(profile) < SURE_ENOUGH:
-        return given
-    return bend(given, points_of(profile.status.learned))
+    given = given_points(profile_of(world, model, product), model, product, high)
+    return bend(given, _sure_of(learned_of(world, namespace, model, product)))
+
+
+def _sure_of(profile: PowerProfile | None) -> tuple[Point, ...]:
+    if profile is None or confidence_of(profile) < SURE_ENOUGH:
+        return ()
+    return points_of(profile.status.learned)
 
 
 def given_points(
@@ -62,9 +110,22 @@ def given_points(
     return catalogue.curve_of(product, size, maximum_milliwatts=high)
 
 
-def blank(given: Iterable[Point], low: int, high: int) -> Learned:
-    """Knows only what was given."""
-    return begin(best_by_cap(given), minimum_milliwatts=low, maximum_milliwatts=high)
+def blank(given: Iterable[Point], model: ModelSpec, low: int, high: int) -> Learned:
+    """Knows only what was given: of that, the knee is believed to keep the latency, and nothing below it."""
+    points = tuple(given)
+    hull = hull_of(points, Requirement(), minimum_milliwatts=low, maximum_milliwatts=high)
+    return begin(
+        best_by_cap(points),
+        minimum_milliwatts=low,
+        maximum_milliwatts=high,
+        allowed_milliseconds=inter_token_milliseconds(model),
+        start_floor=hull.milliwatts[hull.knee],
+    )
+
+
+def inter_token_milliseconds(model: ModelSpec) -> float | None:
+    asked = model.slo.inter_token_latency
+    return float(parse_duration(asked)) if asked else None
 
 
 def confidence_of(profile: PowerProfile) -> float:

@@ -85,7 +85,7 @@ def staff(
             product = _product(world, mine)
             decisions[slot] = decide_replicas(
                 goals_of(model),
-                model_points(world, model, product) if product else (),
+                model_points(world, key[0], model, product) if product else (),
                 _traffic(mine, meters, waiting=at_the_door(factory, model, world.snapshot.wall)),
                 remembered.get(slot, Memory()),
                 now,

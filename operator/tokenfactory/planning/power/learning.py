@@ -31,8 +31,9 @@ STEEPEST = 3.0
 ROOM = 0.06
 # And besides, before a step further down: what is thought of the present floor may be this much too good.
 DOUBTED = 0.04
-# One step down, as a share of the cap.
+# One step down, as a share of the cap: at least so much is worth a try, and at most so much leaves no gap unseen.
 STEP = 0.02
+LONGEST_STEP = 0.06
 # One observation moves what is known by no more than if it were this far off.
 FAR_OFF = 0.3
 # No GPU makes as many tokens a second, and no token takes as many milliseconds.
@@ -94,9 +95,13 @@ class Learned:
 
     def confidence(self) -> float:
         """0 to 1: how much of the range in use was seen well enough."""
-        floor = self.safe_floor() if self.allowed_milliseconds is not None else self.minimum_milliwatts
-        caps = self.caps
-        use = caps >= floor
+        floor, caps = self.minimum_milliwatts, self.caps
+        if self.allowed_milliseconds is not None:
+            floor = min(self.safe_floor(), self.start_floor)
+        # What brings nobody any tokens is given to nobody, so nobody will see it.
+        seen = caps[self.weight >= KNOWN_WEIGHT]
+        useful = caps[int(np.argmax(self.prior >= self.prior.max()))]
+        use = (caps >= floor) & (caps <= max(useful, seen.max(initial=0)))
         known = self._known()
         return float((known & use).sum() / max(int(use.sum()), 1))
 
@@ -129,10 +134,7 @@ class Learned:
 
     def next_step_down(self) -> int | None:
         """A lower cap to try on one group; None when the next step might cross the SLO floor."""
-        floor = self.safe_floor()
-        lower = int(floor * (1 - STEP)) // 1000 * 1000
-        if lower < self.minimum_milliwatts:
-            return None
+        floor, step = self.safe_floor(), STEP
         at = round((floor - self.minimum_milliwatts) / GRID_MILLIWATTS)
         at = min(at, self.prior.size - 1)
         needed = self._needed_tokens()
@@ -140,9 +142,10 @@ class Learned:
             near = np.abs(self.caps - floor) <= REACH * floor
             if needed <= 0 or self.weight[near].sum() < KNOWN_WEIGHT / 2:
                 return None  # the present floor itself was not looked at yet
-            if self.estimate()[at] < needed * (1 + ROOM + DOUBTED + STEEPEST * STEP):
-                return None
-        return lower
+            # However steep the cliff: what is thought to be left after a step must be enough.
+            step = (self.estimate()[at] / needed - (1 + ROOM + DOUBTED)) / STEEPEST
+        lower = int(floor * (1 - min(step, LONGEST_STEP))) // 1000 * 1000
+        return lower if step >= STEP and lower >= self.minimum_milliwatts else None
 
     def least_known(self) -> int | None:
         """The cap above the floor that was seen least; None when all were seen well enough."""
@@ -166,9 +169,14 @@ class Learned:
         the market gave: nothing about a budget depends on it.
         """
         cap = self.next_step_down()
-        if cap is None and anywhere:
+        if (cap is None or self.knows(cap)) and anywhere:
             cap = self.least_known()
-        return cap if cap is not None and cap < present_milliwatts else None
+        return cap if cap is not None and cap < present_milliwatts and not self.knows(cap) else None
+
+    def knows(self, cap_milliwatts: int) -> bool:
+        """Whether just this cap was seen well enough."""
+        at = round((cap_milliwatts - self.minimum_milliwatts) / GRID_MILLIWATTS)
+        return 0 <= at < self.weight.size and bool(self.weight[at] >= KNOWN_WEIGHT)
 
     def hull(self) -> Hull:
         """What the market may sell: from the safe floor up."""
