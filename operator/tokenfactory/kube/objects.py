@@ -188,7 +188,8 @@ class NodeAddress(Api, frozen=True, kw_only=True, gc=False):
 
 
 class NodeImage(Api, frozen=True, kw_only=True, gc=False):
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = ()
+    """None: the API server says null of an image that has lost its names."""
 
 
 _shared_image = lru_cache(maxsize=1 << 16)(NodeImage)
@@ -208,7 +209,7 @@ class NodeStatus(Api, frozen=True, kw_only=True, gc=False):
 
     def __post_init__(self) -> None:
         if self.images:
-            shared = tuple(_shared_image(names=image.names) for image in self.images)
+            shared = tuple(_shared_image(names=image.names) for image in self.images if image.names)
             msgspec.structs.force_setattr(self, "images", shared)
 
 

@@ -156,3 +156,24 @@ def test_order_of_keys_empty_fields_and_types_say_nothing():
 @pytest.mark.parametrize("other", [{"a": 1}, {"a": 0, "b": 0}, {"a": False}, {"a": ""}, {}])
 def test_zero_false_and_empty_text_do_say_something(other):
     assert normal_form({"a": 0}) != normal_form(other)
+
+
+# --- what is read of nodes and pods
+
+
+def test_an_image_that_lost_its_names_makes_no_node_unreadable():
+    said = (
+        b'{"status": {"images": [{"names": null, "sizeBytes": 1}, {"names": ["nim:1"]}, {"sizeBytes": 2}]}}'
+    )
+    node = msgspec.json.decode(said, type=Node)
+    assert [image.names for image in node.status.images] == [("nim:1",)]
+
+
+def test_what_thousands_have_alike_is_held_once():
+    image = b'{"status": {"images": [{"names": ["nim@sha256:ab", "nim:1"]}]}}'
+    one, other = (msgspec.json.decode(image, type=Node) for _ in range(2))
+    assert one.status.images[0] is other.status.images[0]
+    spec = b'{"spec": {"tolerations": [{"key": "a", "operator": "Exists"}], "volumes": [{"emptyDir": {}}, {"persistentVolumeClaim": {"claimName": "c"}}]}}'
+    first, second = (msgspec.json.decode(spec, type=Pod) for _ in range(2))
+    assert first.spec.tolerations is second.spec.tolerations
+    assert [each.persistent_volume_claim.claim_name for each in first.spec.volumes] == ["c"]

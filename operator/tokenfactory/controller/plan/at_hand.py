@@ -53,7 +53,7 @@ class AtHand:
 
     def on(self, host: GpuHost) -> frozenset[str]:
         images = host.node.status.images if host.node else ()
-        there = {name for image in images for name in image.names if name in self._images}
+        there = {name for image in images for name in image.names or () if name in self._images}
         caches = self._restorable.get(host.product, set()) | self._restorable.get(_ANY_PRODUCT, set())
         return frozenset(there | caches)
 
