@@ -204,10 +204,14 @@ def test_in_a_storm_a_charged_pod_stays_where_it_is_and_says_so():
     (told,) = world.objects[TokenFactory]["inference", "chat"].status.waiting
     assert told.reason == "AgentNotAnswering"
     assert "like too many others" in told.message
-    for agent in world.agents.values():
+    calm = world.fork()
+    for agent in calm.agents.values():
         agent.alive = True
-    world.settle()
-    assert where(world) == {bad}
+    calm.settle()
+    assert where(calm) == {bad}
+    fence(world, bad)
+    world.rounds(2)
+    assert pod not in {each.metadata.name for each in world.objects[Pod].values()}, "a fence is proof"
 
 
 # --- what a node has to give

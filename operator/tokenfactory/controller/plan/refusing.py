@@ -130,7 +130,8 @@ def _gated(world: World, host: GpuHost, behind: Mapping[str, Behind]) -> _Outloo
     """Nothing of it has run. While the agent may yet answer, a pod is told of the wait once it is longer than usual."""
     if why := world.cut_off(host):
         # Rather is it we who hear nothing: elsewhere nobody would answer either.
-        storm = world.lost(host) and is_storm(world.fleet_nodes, world.lost_nodes())
+        silent = host.node is not None and not host.fenced
+        storm = silent and is_storm(world.fleet_nodes, world.lost_nodes())
         why = f"it cannot start on {host.name}: {why}"
         return _Outlook(f"{why}, like too many others at once", math.inf) if storm else _Outlook(why, 0)
     if host.name not in behind:
