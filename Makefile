@@ -89,7 +89,7 @@ crash: tools ## operators killed at every write on real control planes, and rand
 	  --walks $(WALKS) --workers $(SITES) $(if $(ONLY),--only $(ONLY))
 
 .PHONY: bench
-bench: venv ## one benchmark: make bench B=market [QUICK=1]
+bench: venv ## one benchmark: make bench B=market [QUICK=1] (B=scale: NODES=)
 	@[ -n "$(B)" ] || { echo "make bench B=NAME, one of: $$(cd benchmarks && ls [a-z]*.py | sed 's/\.py//' | xargs)" >&2; exit 2; }
 	QUICK=$(QUICK) $(PY) benchmarks/$(B).py
 

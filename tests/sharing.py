@@ -24,6 +24,7 @@ LONGEST_FIRST = (
     "tests/agent/test_agent_",
     "tests/cluster/test_controlplane.py",
     "tests/unit/planning/power/test_budgets.py",
+    "tests/scale/",
     "tests/cluster/kube/",
     "tests/fault/",
     "tests/cluster/",
