@@ -174,6 +174,22 @@ def _old_reports_hold(seen, grid, book, known):
     return oversubscribe(seen, grid, book, _renewed(seen, known, set(book.entries)))
 
 
+def _moments_alone(seen, grid, book, known):
+    """What nodes drew between two reports is not looked at."""
+    entries = {
+        name: replace(
+            entry, node=msgspec.structs.replace(entry.node, status=_of_its_moment(entry.node.status))
+        )
+        for name, entry in book.entries.items()
+    }
+    laid, _, known = oversubscribe(seen, grid, replace(book, entries=entries), known)
+    return _under(laid, book, laid.margins, known)
+
+
+def _of_its_moment(status):
+    return msgspec.structs.replace(status, peak_milliwatts=0)
+
+
 def _renewed(seen, known, nodes):
     """The last reports of these nodes as if they had come just now."""
     watches, reports = known
@@ -209,6 +225,7 @@ BUGS: Mapping[str, Kit] = {
     "ignore the brake": Kit(oversubscribe=_without_a_brake),
     "count the silent by their last draw": Kit(oversubscribe=_silent_by_their_last_draw),
     "believe an old report": Kit(oversubscribe=_old_reports_hold),
+    "believe the moment of a report alone": Kit(oversubscribe=_moments_alone),
     "oversubscribe whatever hold is": Kit(oversubscribe=_breakers_bear_it_without_end),
 }
 """By name. The first seven are those that the issue of this product's safety names."""

@@ -18,6 +18,8 @@ from tests.fault.parts import HIGH, LOW, OVERHEAD, Agent, Kit, Leader, Machine, 
 from tests.fault.sites import class_of
 from tests.fault.world import World
 
+from tokenfactory.agent.pace import Pace
+from tokenfactory.agent.state import PEAK_SECONDS
 from tokenfactory.api.gpu_node import GPUNodeStatus
 from tokenfactory.api.meta import ObjectMeta
 from tokenfactory.api.power_domain import Overload, Oversubscription, PowerDomain, PowerDomainSpec
@@ -35,6 +37,8 @@ HALL = "r1"
 """The statistical one."""
 SECOND = 1_000
 REPORT_MILLISECONDS = 30_000
+READ_MILLISECONDS = int(Pace().observe * SECOND)
+PEAK_MILLISECONDS = int(PEAK_SECONDS * SECOND)
 NEVER = 10**15
 WALL = datetime(2026, 11, 21, tzinfo=UTC)
 
@@ -45,14 +49,14 @@ class Life:
 
     demand: int = LOW
     """What each of its GPUs would draw without a limit."""
-    steady_until: int = 0
-    """Until then its load does not change: what is told each half a minute then tells what is drawn in between."""
     cut_off_until: int = 0
     mute_until: int = 0
     """It cannot write its status; its signs of life and its watches are as ever."""
     alive_at: int = 0
     """When the leader last had a sign of life."""
     reported_at: int = -NEVER
+    seen: tuple[tuple[int, int], ...] = ()
+    """What its agent measured in the last minute, and when."""
     told: str = ""
     """The time in its last report; until that has landed it tries again."""
 
@@ -90,6 +94,8 @@ class StatisticalWorld(World):
         """By leader."""
         self.planned_at: dict[int, int] = {}
         self.tripping = Tripping(overload)
+        self.roams = (0, 1)
+        """Until when the loads go from node to node, and every how many seconds."""
         self.limits = [(-NEVER, site.domains[HALL].usable_milliwatts)]
         """Since when the hall has had which limit."""
 
@@ -131,14 +137,21 @@ class StatisticalWorld(World):
         status, life = super()._status(agent, machine, reading), self.life[agent.node]
         assert agent.own is not None
         own = agent.own.status
-        news = msgspec.structs.replace(own, draw_milliwatts=0, reported_at="") != status
+        news = msgspec.structs.replace(own, draw_milliwatts=0, peak_milliwatts=0, reported_at="") != status
         landed = own.reported_at == life.told
         if landed and not news and self.now - life.reported_at < REPORT_MILLISECONDS:
             return own
         told = datetime.fromtimestamp(WALL.timestamp() + self.now / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         life.told, life.reported_at = told, self.now
         draw = sum(self._draws_now(machine, life))
-        return msgspec.structs.replace(status, draw_milliwatts=draw, reported_at=told)
+        peak = max(draw, *(seen for _, seen in life.seen))
+        return msgspec.structs.replace(status, draw_milliwatts=draw, peak_milliwatts=peak, reported_at=told)
+
+    def _measure(self, machine: Machine, life: Life) -> None:
+        """Each agent in its own rhythm."""
+        if not life.seen or self.now - life.seen[-1][0] >= READ_MILLISECONDS:
+            kept = (each for each in life.seen if self.now - each[0] <= PEAK_MILLISECONDS)
+            life.seen = (*kept, (self.now, sum(self._draws_now(machine, life))))
 
     def _draws_now(self, machine: Machine, life: Life) -> list[int]:
         return [min(gpu.limit, life.demand) if gpu.running else LOW // 2 for gpu in machine.gpus]
@@ -147,6 +160,7 @@ class StatisticalWorld(World):
 
     def elapse(self, rng: random.Random) -> None:
         self.now += SECOND
+        self._roam()
         turns = [*self.machines, None]
         rng.shuffle(turns)
         for name in turns:
@@ -156,10 +170,21 @@ class StatisticalWorld(World):
                 self._agent(name)
             self.check()
 
+    def _roam(self) -> None:
+        """What one node of the hall was asked for, the next one is now."""
+        until, every = self.roams
+        if self.now <= until and self.now // SECOND % every == 0:
+            lives = [life for name, life in self.life.items() if HALL in self.site.paths[name]]
+            demands = [life.demand for life in lives]
+            for life, demand in zip(lives, [demands[-1], *demands[:-1]], strict=True):
+                life.demand = demand
+
     def _agent(self, name: str) -> None:
         agent, life = self.agents[name], self.life[name]
         if not agent.alive:
+            life.seen = ()
             return
+        self._measure(self.machines[name], life)
         reached = self.now >= life.cut_off_until
         if reached:
             life.alive_at = self.now

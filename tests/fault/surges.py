@@ -1,7 +1,7 @@
 """Random histories of a site with a statistical domain: loads that rise and fall, and what fails meanwhile.
 
 What such a domain rests on holds here too: agents live, all but one at a time, and then the operator does; nobody is
-out of reach of reports for long while the operator is gone; a load is steady for longer than a report takes.
+out of reach of reports for long while the operator is gone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,40 @@ from tokenfactory.planning.power.oversubscription import REACTION_MILLISECONDS, 
 
 EPISODE_SECONDS = 300
 WARM_UP_SECONDS = 15
-STEADY_SECONDS = 45
-"""A load stays for longer than a report takes to come: faster ones, nobody could follow."""
 
 
 def a_surge_that_nobody_tells(kit: Kit, look_second: int) -> None:
     """All have just reported; then no report arrives any more, and everybody asks for all at once."""
     rng = random.Random(7)
+    world = _four_servers(kit, rng)
+    for life in world.life.values():
+        life.reported_at = world.now - REPORT_MILLISECONDS
+    for _ in range(2):
+        world.elapse(rng)
+    for life in world.life.values():
+        life.demand, life.mute_until = HIGH, world.now + 180 * SECOND
+    world.planned_at[world.leaders[0].pid] -= look_second * SECOND
+    if world.true_draw() <= world.hall_limit():
+        raise AssertionError("nothing is oversubscribed here")
+    for _ in range(90):
+        world.elapse(rng)
+
+
+def a_load_that_hides_from_reports(kit: Kit) -> None:
+    """Each node asks for all at nearly all times, but for little just when its next report is due."""
+    rng = random.Random(7)
+    world = _four_servers(kit, rng)
+    for at, life in enumerate(world.life.values()):
+        life.reported_at = world.now - (1 + 7 * at) * SECOND
+    for _ in range(150):
+        for life in world.life.values():
+            due = world.now + 2 * SECOND - life.reported_at >= REPORT_MILLISECONDS
+            life.demand = 320 * W if due else HIGH
+        world.elapse(rng)
+
+
+def _four_servers(kit: Kit, rng: random.Random) -> StatisticalWorld:
+    """At work, oversubscribed, and all asked for little."""
     hold = 3 * SECOND
     watts = 4 * OVERHEAD + 8 * HIGH
     domains = {"site": Domain("site", None, watts, hold), HALL: Domain(HALL, "site", watts * 7 // 8, hold)}
@@ -38,17 +65,7 @@ def a_surge_that_nobody_tells(kit: Kit, look_second: int) -> None:
     world.operator_starts({HALL: Watch(counts={600: 2_000})})
     for _ in range(40):
         world.elapse(rng)
-    for life in world.life.values():
-        life.reported_at = world.now - REPORT_MILLISECONDS
-    for _ in range(2):
-        world.elapse(rng)
-    for life in world.life.values():
-        life.demand, life.mute_until = HIGH, world.now + 180 * SECOND
-    world.planned_at[world.leaders[0].pid] -= look_second * SECOND
-    if world.true_draw() <= world.hall_limit():
-        raise AssertionError("nothing is oversubscribed here")
-    for _ in range(90):
-        world.elapse(rng)
+    return world
 
 
 def _fill(world: StatisticalWorld) -> None:
@@ -91,29 +108,36 @@ def make(rng: random.Random, kit: Kit) -> StatisticalWorld:
 
 
 def calm(world: StatisticalWorld, name: str, rng: random.Random) -> None:
-    _asks(world, name, rng.randrange(LOW // 2, HIGH // 2))
-
-
-def _asks(world: StatisticalWorld, name: str, demand: int) -> bool:
-    life = world.life[name]
-    if world.now < life.steady_until:
-        return False
-    life.demand, life.steady_until = demand, world.now + STEADY_SECONDS * SECOND
-    return True
+    world.life[name].demand = rng.randrange(LOW // 2, HIGH // 2)
 
 
 def load_changes(world: StatisticalWorld, rng: random.Random) -> bool:
     name = rng.choice(list(world.life))
-    return _asks(world, name, rng.choice((HIGH, rng.randrange(LOW // 2, HIGH))))
+    world.life[name].demand = rng.choice((HIGH, rng.randrange(LOW // 2, HIGH)))
+    return True
 
 
 def surges(world: StatisticalWorld, rng: random.Random) -> bool:
     """Everybody asks at once."""
-    return sum(_asks(world, name, HIGH) for name in world.life) > 0
+    for life in world.life.values():
+        life.demand = HIGH
+    return True
 
 
 def calms(world: StatisticalWorld, rng: random.Random) -> bool:
-    return sum(_asks(world, name, rng.randrange(LOW // 2, HIGH // 2)) for name in world.life) > 0
+    for name in world.life:
+        calm(world, name, rng)
+    return True
+
+
+def roams(world: StatisticalWorld, rng: random.Random) -> bool:
+    """Some nodes have much to do, some little, and that moves on faster than anybody reports."""
+    busy = HIGH
+    for life in world.life.values():
+        life.demand = busy
+        busy = rng.choice((HIGH, LOW // 2))
+    world.roams = (world.now + rng.choice((40, 120)) * SECOND, rng.choice((3, 7, 11)))
+    return True
 
 
 def is_cut_off(world: StatisticalWorld, rng: random.Random) -> bool:
@@ -198,6 +222,7 @@ MOVES: dict[Move, float] = {
     load_changes: 4,
     surges: 5,
     calms: 5,
+    roams: 4,
     agent_starts: 3,
     operator_starts: 4,
     limit_changes: 1,

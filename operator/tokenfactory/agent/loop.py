@@ -31,7 +31,7 @@ from tokenfactory.agent.parts import (
     StatusWriter,
     SystemClock,
 )
-from tokenfactory.agent.report import Reporter, status_of
+from tokenfactory.agent.report import Reporter, measured, status_of
 from tokenfactory.agent.state import AgentState
 from tokenfactory.agent.tune import Tuner
 from tokenfactory.agent.watchdog import Progress
@@ -226,6 +226,9 @@ class Agent:
     async def _observe(self) -> None:
         """What every GPU draws and enforces now: a limit that was reset and a cap that does not bind are found here."""
         await asyncio.gather(*(self._observe_one(gpu.uuid) for gpu in self.state.gpus))
+        self.state.draws.note(
+            self.clock.monotonic(), measured(self.state, self.enforcer, self._nvml.identity)
+        )
         self._gpu_guard.look()
 
     async def _observe_one(self, gpu: str) -> None:

@@ -105,7 +105,9 @@ def still(status: GPUNodeStatus) -> GPUNodeStatus:
     conditions = tuple(
         replace(it, last_transition_time="", observed_generation=0) for it in status.conditions
     )
-    return replace(status, conditions=conditions, draw_milliwatts=0, meters=(), reported_at="")
+    return replace(
+        status, conditions=conditions, draw_milliwatts=0, peak_milliwatts=0, meters=(), reported_at=""
+    )
 
 
 def kept_times(before: Iterable[Condition], now: Iterable[Condition]) -> tuple[Condition, ...]:
@@ -131,12 +133,19 @@ def status_of(
         # Nothing was read: what an earlier agent left behind still tells what this node may be drawing.
         before = state.node.status
         return replace(
-            before, mode="Degraded", capped=False, draw_milliwatts=0, conditions=conditions, reported_at=wall
+            before,
+            mode="Degraded",
+            capped=False,
+            draw_milliwatts=0,
+            peak_milliwatts=0,
+            conditions=conditions,
+            reported_at=wall,
         )
     gpus = tuple(_gpu(state, enforcer, gpu) for gpu in state.gpus)
     gone = _gone(state, identity)
     overhead, proven = _overhead(state)
     now = clock.monotonic()
+    draw = sum(_draw(state, gpu) for gpu in (*gpus, *gone))
     return GPUNodeStatus(
         observed_generation=state.observed_generation,
         conditions=conditions,
@@ -149,7 +158,8 @@ def status_of(
         gpus=(*gpus, *gone),
         gpu_count=sum(enforcer.enforced(gpu.uuid) is not None for gpu in state.gpus),
         enforced_milliwatts=sum(gpu.enforced_milliwatts for gpu in (*gpus, *gone)),
-        draw_milliwatts=sum(_draw(state, gpu) for gpu in (*gpus, *gone)),
+        draw_milliwatts=draw,
+        peak_milliwatts=max(draw, state.draws.peak(now)),
         overhead_milliwatts=overhead,
         overhead_proven=proven,
         meters=tuple(account.report(now) for account in meter.accounts.values()) if meter else (),
@@ -176,6 +186,12 @@ def _draw(state: AgentState, gpu: GPUStatus) -> int:
     reading = state.readings.get(gpu.uuid)
     told = reading.power_milliwatts if reading is not None else None
     return gpu.enforced_milliwatts if told is None else told
+
+
+def measured(state: AgentState, enforcer: Enforcer, identity: Identity) -> int:
+    """What all GPUs draw together now, those included that NVML shows no more."""
+    gpus = (*(_gpu(state, enforcer, gpu) for gpu in state.gpus), *_gone(state, identity))
+    return sum(_draw(state, gpu) for gpu in gpus)
 
 
 def _overhead(state: AgentState) -> tuple[int, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -45,6 +46,25 @@ class NodePower:
         return UNREADABLE if self.problem else WITHIN
 
 
+PEAK_SECONDS: Final = 60.0
+"""Two reports long: whatever is drawn at one moment, every node's next report and the one after it still tell of it."""
+
+
+@dataclass
+class Draws:
+    """What all GPUs drew together at each reading of the last minute."""
+
+    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def note(self, now: float, milliwatts: int) -> None:
+        while self._seen and now - self._seen[0][0] > PEAK_SECONDS:
+            self._seen.popleft()
+        self._seen.append((now, milliwatts))
+
+    def peak(self, now: float) -> int:
+        return max((milliwatts for at, milliwatts in self._seen if now - at <= PEAK_SECONDS), default=0)
+
+
 @dataclass
 class AgentState:
     """Mutable, and only the loop mutates it."""
@@ -58,6 +78,7 @@ class AgentState:
     missing: tuple[Failure, ...] = ()
     """GPUs that NVML counts and does not hand out."""
     readings: dict[str, Reading] = field(default_factory=dict)
+    draws: Draws = field(default_factory=Draws)
     pods: tuple[PodDevices, ...] | None = None
     """None until the kubelet has answered once."""
     pods_problem: str = ""

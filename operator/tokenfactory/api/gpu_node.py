@@ -234,6 +234,10 @@ class GPUNodeStatus(Api, frozen=True, kw_only=True):
     draw_milliwatts: Annotated[
         MilliwattsField, Meta(description="What the node measures, at the last report.")
     ] = 0
+    peak_milliwatts: Annotated[
+        MilliwattsField,
+        Meta(description="The most its GPUs drew together at one reading of the last minute."),
+    ] = 0
     overhead_milliwatts: Annotated[
         MilliwattsField, Meta(description="Measured draw besides the GPUs, if known.")
     ] = 0

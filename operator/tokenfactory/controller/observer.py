@@ -51,7 +51,12 @@ def _meaning(obj: Resource) -> Resource:
     if not isinstance(obj, GPUNode):
         return msgspec.structs.replace(obj, metadata=meta)
     status = msgspec.structs.replace(
-        obj.status, meters=(), draw_milliwatts=0, overhead_milliwatts=0, reported_at=""
+        obj.status,
+        meters=(),
+        draw_milliwatts=0,
+        peak_milliwatts=0,
+        overhead_milliwatts=0,
+        reported_at="",
     )
     return msgspec.structs.replace(obj, metadata=meta, status=status)
 

@@ -7,6 +7,7 @@ from tests.unit.agent.stories import applied, story
 
 from tokenfactory.agent.nvml import FailureKind, Recovery, Wear, Xid
 from tokenfactory.agent.startgate import StartGate
+from tokenfactory.agent.state import PEAK_SECONDS
 
 
 def test_a_limit_that_was_reset_is_set_again_at_once() -> None:
@@ -59,6 +60,27 @@ def test_a_gpu_that_does_not_tell_its_draw_counts_at_all_that_it_may_draw() -> N
         await node.until(lambda: node.api.status.draw_milliwatts == 8 * 400_000, within=60)
         node.nvml.gpus["GPU-2"].failure = FailureKind.UNKNOWN
         await node.until(lambda: node.api.status.draw_milliwatts == 7 * 400_000 + DEFAULT, within=60)
+
+    story(tell)
+
+
+def test_a_draw_between_two_reports_is_told_with_the_next_two_and_then_forgotten() -> None:
+    async def tell(node: Node) -> None:
+        node.api.grant(pods=(node.use("a", *range(8)),))
+        await node.settle()
+        await node.until(lambda: node.api.status.draw_milliwatts == 8 * 400_000, within=60)
+        loop = asyncio.get_running_loop()
+        for gpu in ("GPU-1", "GPU-2"):  # one after the other: together they never draw as much as both peaks
+            node.nvml.gpus[gpu].draw = lambda _: 590_000
+            await asyncio.sleep(node.pace.observe + 0.1)
+            node.nvml.gpus[gpu].draw = lambda _: 400_000
+        over = loop.time()
+        await node.until(lambda: node.api.status.peak_milliwatts == 7 * 400_000 + 590_000, within=31)
+        assert node.api.status.draw_milliwatts == 8 * 400_000
+        reports = node.agent.reporter.writes
+        await node.until(lambda: node.api.status.peak_milliwatts == 8 * 400_000, within=100)
+        assert node.agent.reporter.writes - reports >= 2
+        assert loop.time() - over >= PEAK_SECONDS - node.pace.observe
 
     story(tell)
 

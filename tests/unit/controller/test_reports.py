@@ -29,7 +29,7 @@ def said(**status: Any) -> Change[GPUNode]:
     "status",
     [
         {},
-        {"draw_milliwatts": 4_000_000},
+        {"draw_milliwatts": 4_000_000, "peak_milliwatts": 5_000_000},
         {"reported_at": "2026-11-21T12:00:00Z"},
         {"meters": (PodMeter(pod="a/b", uid="1", generated_tokens=7),)},
     ],

@@ -85,7 +85,8 @@ def _loads(ledger: Ledger, asking: Mapping[str, PowerDomain], reporting: Contain
         charge = ledger.line_charge(line)
         for name in names:
             entry = ledger.entries[name]
-            measured = entry.node.status.draw_milliwatts
+            # An agent of an earlier release tells its moment only.
+            measured = max(entry.node.status.draw_milliwatts, entry.node.status.peak_milliwatts)
             told = entry.facts.heard and name in reporting and entry.kind == "Charged" and measured > 0
             # The status tells what the GPUs draw; the rest of the node draws what it is charged at the most.
             draw = min(charge, measured + entry.node.spec.overhead_milliwatts)
