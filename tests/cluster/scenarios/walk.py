@@ -141,12 +141,13 @@ class Walker:
 
 
 def lasting(found: dict[str, Any]) -> dict[str, Any]:
-    """An outcome without what was measured."""
+    """An outcome without what was measured, and without what was saved on the way, which stays."""
     factories = {
         name: {**each, "conditions": [known for known in each["conditions"] if known[0] not in MEASURED]}
         for name, each in found["factories"].items()
     }
-    return {**found, "factories": factories}
+    kept = {part: each for part, each in found.items() if part != "checkpoints"}
+    return {**kept, "factories": factories}
 
 
 def manifest(kind: str, meta: dict[str, str], spec: dict[str, Any]) -> str:
