@@ -11,6 +11,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Protocol
@@ -35,10 +36,20 @@ TICK = 0.1
 METER_SECONDS = 30.0
 
 
-def decode_speed(cap: float, batch: float) -> float:
-    return float(np.interp(cap / np.interp(batch, BATCH, WATTS), CAP_SHARE, CAP_SPEED))
+def _by_batch(curve: np.ndarray) -> list[float]:
+    """A curve read at every number of requests that a replica may run."""
+    return np.interp(np.arange(MOST_RUNNING + 1), BATCH, curve).tolist()
 
 
+NATURAL_WATTS, TOKENS_EACH_SECOND, EXPECTED_LATENCY = (_by_batch(c) for c in (WATTS, TOKENS, P95_LATENCY))
+
+
+@cache
+def decode_speed(cap: float, batch: int) -> float:
+    return float(np.interp(cap / NATURAL_WATTS[batch], CAP_SHARE, CAP_SPEED))
+
+
+@cache
 def prefill_speed(cap: float) -> float:
     return float(np.interp(cap / PREFILL_WATTS, (0.25, 0.5, 0.9), (0.25, 1 / 1.3, 1.0)))
 
@@ -50,37 +61,44 @@ class Request:
     generate: int
 
 
-def recorded(path: Path, copies: int, minutes: int, seed: int) -> tuple[list[Request], str]:
-    """The recorded hour, each request sent `copies` times within half a minute; without it, one made from the seed."""
+def recorded(path: Path) -> list[Request]:
+    rows = list(csv.DictReader(path.open()))
+    times = [datetime.fromisoformat(r["TIMESTAMP"][:26]).timestamp() for r in rows]
+    return [
+        Request(t - times[0], int(r["ContextTokens"]), int(r["GeneratedTokens"]))
+        for t, r in zip(times, rows, strict=True)
+    ]
+
+
+def synthetic(seed: int, *, bursts: bool = False) -> list[Request]:
+    """Poisson arrivals, long-tailed prompts and answers, the recorded hour's means.
+
+    A slow swell; with `bursts` the load and the length of prompts jump every few minutes as well.
+    """
     rng = random.Random(seed)
-    if path.is_file():
-        rows = list(csv.DictReader(path.open()))
-        times = [datetime.fromisoformat(r["TIMESTAMP"][:26]).timestamp() for r in rows]
-        base = [
-            Request(t - times[0], int(r["ContextTokens"]), int(r["GeneratedTokens"]))
-            for t, r in zip(times, rows, strict=True)
-        ]
-        source = f"recorded traffic of {path.name}"
-    else:
-        base, source = _synthetic(rng), "a synthetic hour from the seed"
+    at, base = 0.0, []
+    jumps_at, busy, longer = 0.0, 1.0, 0.0
+    while at < 3600:
+        if bursts and at >= jumps_at:
+            jumps_at = at + rng.expovariate(1 / 240)
+            busy, longer = rng.choice((0.5, 0.8, 1.0, 1.4)), rng.choice((-0.3, 0.0, 0.3))
+        rate = 5.5 * busy * (1 + 0.4 * np.sin(at / 3600 * 2 * np.pi - 1.0))
+        at += rng.expovariate(rate)
+        prompt = min(int(rng.lognormvariate(6.6 + longer, 0.95)), 14_000)
+        base.append(Request(at, max(prompt, 8), min(int(rng.lognormvariate(4.9, 0.95)) + 4, 1000)))
+    return base
+
+
+def repeated(base: list[Request], copies: int, minutes: int, seed: int) -> list[Request]:
+    """The beginning of it, each request sent `copies` times within half a minute: for a fleet worth the name."""
+    rng = random.Random(seed)
     requests = [
         Request(max(r.at + rng.uniform(-15, 15), 0.0), r.prompt, max(r.generate, 1))
         for r in base
         if r.at < minutes * 60
         for _ in range(copies)
     ]
-    return sorted(requests, key=lambda r: r.at), source
-
-
-def _synthetic(rng: random.Random) -> list[Request]:
-    """A slow swell, Poisson arrivals, long-tailed prompts and answers: the recorded hour's means."""
-    at, base = 0.0, []
-    while at < 3600:
-        rate = 5.5 * (1 + 0.4 * np.sin(at / 3600 * 2 * np.pi - 1.0))
-        at += rng.expovariate(rate)
-        prompt = min(int(rng.lognormvariate(6.6, 0.95)), 14_000)
-        base.append(Request(at, max(prompt, 8), min(int(rng.lognormvariate(4.9, 0.95)) + 4, 1000)))
-    return base
+    return sorted(requests, key=lambda r: r.at)
 
 
 @dataclass
@@ -177,7 +195,7 @@ class FleetSimulation:
         replica.cap = self.cap
         busy = self._prefill(replica)
         batch = len(replica.running)
-        natural = float(np.interp(batch, BATCH, WATTS))
+        natural = NATURAL_WATTS[batch]
         watts = busy * min(replica.cap, PREFILL_WATTS) + (1 - busy) * min(replica.cap, natural)
         replica.joules += GPUS * watts * TICK
         self.gpu_joules += GPUS * watts * TICK
@@ -185,8 +203,8 @@ class FleetSimulation:
             return
         # Chunked prefill: decoding goes on beside it at part of its speed.
         speed = decode_speed(replica.cap, batch) * (1 - 0.6 * busy)
-        tokens = float(np.interp(batch, BATCH, TOKENS)) / batch * speed * TICK
-        replica.latency = float(np.interp(batch, BATCH, P95_LATENCY)) / speed
+        tokens = TOKENS_EACH_SECOND[batch] / batch * speed * TICK
+        replica.latency = EXPECTED_LATENCY[batch] / speed
         replica.clock += tokens
         replica.latency_sum += tokens * replica.latency
         self.tokens += tokens * batch

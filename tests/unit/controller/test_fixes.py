@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import msgspec
 import pytest
-from tests.unit.controller.manifests import factory, hall, model
+from tests.unit.controller.manifests import domain, factory, hall, model, rack
 from tests.unit.controller.small_world import H100, SmallWorld
 
 from tokenfactory.api.gpu_node import GPUNode, PodMeter
@@ -17,10 +17,17 @@ H200 = "NVIDIA H200"
 class Site:
     """Two replicas on two nodes, one of another product; agents say what a test wants them to have counted."""
 
-    def __init__(self, target: str, *, scope: str = "GPU", least: int = 2) -> None:
+    def __init__(self, target: str, *, scope: str = "GPU", least: int = 2, nested: bool = False) -> None:
         unmeasured = model(nim={"image": "nvcr.io/nim/example/unmeasured:1.8.0"}, gpus=8, replicas=(least, 2))
         wanted = {"tokensPerJoule": target, "scope": scope}
-        self.world = SmallWorld.of(2, hall("60kW", fixedLoad="6kW"), factory(unmeasured, efficiency=wanted))
+        chat = factory(unmeasured, efficiency=wanted)
+        self.world = SmallWorld.of(2, hall("60kW", fixedLoad="6kW"), chat)
+        if nested:
+            self.world = SmallWorld.of(2)
+            self.world.add_node("n9", rack="a")
+            site = domain("site", "200kW", fixedLoad="12kW")
+            row = rack("a", "45kW", fixedLoad="20kW")
+            self.world.apply(site, hall("60kW", parent="site", fixedLoad="6kW"), row, chat)
         self.world.settle()
         node = self.world.objects[GPUNode]["", "n1"]
         gpus = tuple(
@@ -79,3 +86,11 @@ def test_tokens_made_on_a_worse_product_are_named():
 def test_more_replicas_than_the_traffic_needs_are_named():
     verdict = Site("0.9").verdict({"n0": 30_000, "n1": 30_000}, tokens=0)
     assert verdict.reason in {"NoTraffic", "NotMeasured"}, verdict.message
+
+
+def test_the_other_load_of_every_domain_above_a_node_counts_and_that_of_no_other():
+    """Three nodes share the site's 12 kW and the hall's 6 kW; the 20 kW of the third one's row are not theirs."""
+    site = Site("0.9", scope="Facility", nested=True)
+    verdict = site.verdict({"n0": 300_000, "n1": 300_000}, tokens=100_000)
+    # 600 kJ of GPUs, and in 61 s 2 kW of nodes, 4 kW of the hall and 8 kW of the site: 854 kJ.
+    assert verdict.message.startswith("0.14 tokens/J of 0.9 (Facility)"), verdict.message

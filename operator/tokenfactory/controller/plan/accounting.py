@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.token_factory import TokenFactory
-from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.domains import Grid, facility_milliwatts
 from tokenfactory.controller.plan.memory import EnergyWindow
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import Key
@@ -32,9 +32,8 @@ def _window(world: World, grid: Grid, factory: TokenFactory, before: EnergyWindo
         return EnergyWindow(now, counters, seen_milliseconds=now)
     elapsed = max(0, now - before.seen_milliseconds)
     overhead = before.overhead_millijoules + _overhead_milliwatts(world, replicas) * elapsed // 1000
-    facility = (
-        before.facility_millijoules + _facility_milliwatts(world, grid, factory, replicas) * elapsed // 1000
-    )
+    beside = facility_milliwatts(world, grid, _gpus_by_node(replicas))
+    facility = before.facility_millijoules + beside * elapsed // 1000
     if now - before.began_milliseconds < WINDOW_MILLISECONDS:
         return EnergyWindow(before.began_milliseconds, before.counters, overhead, facility, now, before.last)
     tokens = serving = starting = 0
@@ -76,9 +75,9 @@ def _overhead_milliwatts(world: World, replicas: list[Replica]) -> int:
     return total
 
 
-def _facility_milliwatts(world: World, grid: Grid, factory: TokenFactory, replicas: list[Replica]) -> int:
-    """Its part of the domain's fixed load, by GPUs."""
-    domain = grid.tree.domains.get(factory.spec.power.domain)
-    there = sum(host.gpu_count for host in world.under.get(factory.spec.power.domain, ()))
-    mine = sum(replica.model.gpus_per_replica for replica in replicas if replica.node)
-    return domain.fixed_load_milliwatts * mine // there if domain and there else 0
+def _gpus_by_node(replicas: list[Replica]) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for replica in replicas:
+        if replica.node:
+            held[replica.node] = held.get(replica.node, 0) + replica.model.gpus_per_replica
+    return held

@@ -11,7 +11,7 @@ import numpy as np
 from tokenfactory.api import names
 from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.api.token_factory import TokenFactory
-from tokenfactory.controller.plan.domains import Grid
+from tokenfactory.controller.plan.domains import Grid, facility_milliwatts
 from tokenfactory.controller.plan.hulls import find_model, hulls_of, worthwhile
 from tokenfactory.controller.plan.purses import factory_name, for_sale
 from tokenfactory.controller.plan.supplying import Coming, Supply, stands_of, supply_of
@@ -146,12 +146,13 @@ def _price_floors(world: World, grid: Grid, ledger: Ledger, supply: Supply) -> d
 
 
 def _overhead_watts(world: World, grid: Grid, ledger: Ledger, factory: TokenFactory) -> float:
-    """What counts besides its GPUs: its part of its nodes, and for Facility also of the domain's fixed load."""
+    """What counts besides its GPUs: its part of its nodes, and for Facility also of its domains' other load."""
     assert factory.spec.efficiency is not None
     scope = factory.spec.efficiency.scope
     if scope == "GPU":
         return 0.0
-    total, mine, everything = 0.0, 0, 0
+    total = 0.0
+    held: dict[str, int] = {}
     key = (factory.metadata.namespace, factory.metadata.name)
     for entry in ledger.entries.values():
         host = world.hosts.get(entry.node.metadata.name)
@@ -161,14 +162,11 @@ def _overhead_watts(world: World, grid: Grid, ledger: Ledger, factory: TokenFact
             for grant in entry.node.spec.pods
             if (names.class_owner(grant.class_name) or ("", "", ""))[:2] == key
         )
-        everything += count
-        mine += granted
+        if granted:
+            held[entry.node.metadata.name] = granted
         if count:
             total += entry.node.spec.overhead_milliwatts / 1000 * min(1.0, granted / count)
-    if scope == "Facility" and everything:
-        domain = grid.tree.domains.get(factory.spec.power.domain)
-        total += (domain.fixed_load_milliwatts / 1000 if domain else 0.0) * mine / everything
-    return total
+    return total + (facility_milliwatts(world, grid, held) / 1000 if scope == "Facility" else 0.0)
 
 
 # --- targets

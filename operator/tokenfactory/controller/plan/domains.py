@@ -118,6 +118,18 @@ def _overhead(world: World, host: GpuHost, path: tuple[str, ...]) -> int:
     return max(measured, worst // 2 if measured and proven else worst)
 
 
+def facility_milliwatts(world: World, grid: Grid, held: Mapping[str, int]) -> int:
+    """The part of the other load of every domain above them that falls to these GPUs, given as a number by node."""
+    total = 0
+    for node, gpus in held.items():
+        host = world.hosts.get(node)
+        for name in host.held.spec.path if host is not None and host.held is not None else ():
+            domain = grid.tree.domains.get(name)
+            there = world.gpus_under[name]
+            total += domain.fixed_load_milliwatts * gpus // there if domain is not None and there else 0
+    return total
+
+
 def _strangers(host: GpuHost) -> bool:
     """The agent sees a pod on a GPU that its spec does not list, in whatever way it came by it."""
     gpus = host.held.status.gpus if host.held else ()

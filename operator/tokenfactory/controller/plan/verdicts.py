@@ -19,6 +19,7 @@ from tokenfactory.controller.plan.status import Verdict, watts
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import key_of
 from tokenfactory.planning.efficiency.operating_point import OperatingPoint
+from tokenfactory.planning.efficiency.replicas import Decision
 from tokenfactory.planning.efficiency.verdict import Situation, judge_efficiency
 from tokenfactory.planning.power.explain import floors_that_do_not_fit
 from tokenfactory.planning.power.oversubscription import Margin
@@ -221,6 +222,7 @@ def _efficiency(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Ver
         best_concurrency=max((point.concurrency for point in _points(books, factory)), default=0),
         replicas=facts.ready,
         min_replicas=sum(model.replicas.min for model in factory.spec.models),
+        held_by_latency=any(decision.held_by_latency for decision in _decisions(books, factory)),
         best_tokens_per_joule=floor.reached.tokens_per_joule if floor and not floor.met else None,
         **_by_product(books.world, facts),
         **_cap_and_knee(books, factory),
@@ -269,9 +271,13 @@ def _cap_and_knee(books: Books, factory: TokenFactory) -> dict[str, Any]:
     return {"cap_milliwatts": cap, "knee_milliwatts": knee}
 
 
-def _points(books: Books, factory: TokenFactory) -> list[OperatingPoint]:
+def _decisions(books: Books, factory: TokenFactory) -> list[Decision]:
     decisions = books.staffing.decisions
-    found = [decisions[key_of(factory), model.name].point for model in factory.spec.models]
+    return [decisions[key_of(factory), model.name] for model in factory.spec.models]
+
+
+def _points(books: Books, factory: TokenFactory) -> list[OperatingPoint]:
+    found = [decision.point for decision in _decisions(books, factory)]
     return [point for point in found if point is not None]
 
 

@@ -173,6 +173,10 @@ class World:
         return {domain: tuple(hosts) for domain, hosts in found.items()}
 
     @cached_property
+    def gpus_under(self) -> Mapping[str, int]:
+        return {domain: sum(host.gpu_count for host in hosts) for domain, hosts in self.under.items()}
+
+    @cached_property
     def enforced(self) -> Mapping[str, frozenset[int]]:
         """Class → the limits that its GPUs read back, in milliwatts."""
         found: dict[str, set[int]] = {}

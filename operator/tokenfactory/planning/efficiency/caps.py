@@ -10,8 +10,8 @@ from typing import Final
 from tokenfactory.planning.efficiency.operating_point import Goals, choose_operating_point
 from tokenfactory.planning.power.profile import LIFT_TO, Point
 
-LIFT_AT: Final = 0.6
-DROP_AT: Final = 0.45
+LIFT_AT: Final = 0.55
+DROP_AT: Final = 0.43
 """Shares of its SLO that the worst latency has to reach and to leave: apart, so that caps do not flap."""
 
 

@@ -7,6 +7,7 @@ tokens are the same it is the lower one, the knee.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -70,7 +71,15 @@ def choose_operating_point(
     `slowdown` is how much longer a token takes here than in the profile, as measured; `overhead_milliwatts` what a
     replica's part of its node draws besides GPUs.
     """
-    sound = [p for p in _between(list(points)) if p.milliwatts > 0 and p.tokens_per_second > 0]
+    return _choose(tuple(points), goals, gpus_per_replica, overhead_milliwatts, slowdown)
+
+
+@lru_cache(maxsize=256)
+def _choose(
+    points: tuple[Point, ...], goals: Goals, gpus_per_replica: int, overhead_milliwatts: int, slowdown: float
+) -> OperatingPoint | None:
+    """Asked anew in every round, for the same answer until a profile, an SLO or the slowdown changes."""
+    sound = [p for p in _between(points) if p.milliwatts > 0 and p.tokens_per_second > 0]
     if not sound:
         return None
 
@@ -111,7 +120,7 @@ def _keeps(point: Point, goals: Goals, slowdown: float, gpus_per_replica: int) -
     )
 
 
-def _between(points: list[Point]) -> list[Point]:
+def _between(points: tuple[Point, ...]) -> list[Point]:
     """Measured points, and three between each two neighbours in concurrency at one cap: the SLO seldom falls on one."""
     by_cap: dict[int, list[Point]] = {}
     for point in points:

@@ -10,7 +10,8 @@ while the latencies leave room for it, and each time what follows is watched bef
 
 Nothing flaps: a replica is added when those there would be filled beyond `FILL_UP`, and taken away only when the rest
 would have been filled less than `FILL_DOWN` at every moment of the last window. As long as the load of a window stays
-within that ratio, no removal can be followed by an addition.
+within that ratio, no removal can be followed by an addition. Where the load is noisier than that, a removal that had to be
+taken back doubles what has to pass quietly before the next one.
 """
 
 from collections.abc import Iterable
@@ -41,12 +42,17 @@ SETTLE_MILLISECONDS: Final = 60_000
 """After a change what is measured is still about the replicas that were there before."""
 PACE_MILLISECONDS: Final = 120_000
 """From one removal to the next: long enough to see what the first one did."""
+TREND_MILLISECONDS: Final = 180_000
+REGRET_MILLISECONDS: Final = 600_000
+"""What comes back so soon after it was taken away cost more to start than it saved."""
+MOST_PATIENCE: Final = 16
+CALM_MILLISECONDS: Final = 3_600_000
 LEAST_TOKENS_PER_SECOND: Final = 0.001
 """Below this a replica does nothing that anything could be learned from."""
 STEP_DOWN: Final = 0.2
 """The largest part of the replicas that is taken away at once."""
 FIRST_TOKEN_ROOM: Final = 0.6
-INTER_TOKEN_ROOM: Final = 0.65
+INTER_TOKEN_ROOM: Final = 0.48
 """Shares of the SLOs that latencies may be expected at after replicas were taken away."""
 UNKNOWN_CONCURRENCY: Final = 32
 """Requests per replica aimed at while neither a profile nor an SLO says anything."""
@@ -55,7 +61,7 @@ FULL_CACHE_PERMILLE: Final = 900
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    window_milliseconds: int = 180_000
+    window_milliseconds: int = 90_000
     """Replicas are taken away only for what held so long."""
     idle_milliseconds: int = 600_000
     """Without any request for so long a model with `min: 0` goes to zero."""
@@ -102,8 +108,12 @@ class Memory:
     ready: int = 0
     settled_at: int = 0
     """When the measurements will be about the replicas that there are now."""
-    taken_at: int = 0
+    taken_at: int | None = None
     """When replicas were taken away last."""
+    patience: int = 1
+    """Windows that have to pass quietly before replicas are taken away: more where the load is noisy."""
+    regretted_at: int = 0
+    added_at: int | None = None
     ceiling: float | None = None
     """Tokens per second of one replica at which a latency was missed, recovering slowly."""
     idle_since: int | None = None
@@ -123,6 +133,12 @@ class Decision:
     memory: Memory
     cap_milliwatts: int = 0
     """Of each GPU, as far as the market has the watts; 0: no wish."""
+
+    @property
+    def held_by_latency(self) -> bool:
+        """Whether one replica less would come too near an SLO, by what was measured in the last window."""
+        squeeze = max((b.squeeze for b in self.memory.buckets), default=0.0)
+        return ceil(self.replicas * squeeze) >= self.replicas > 1
 
 
 def decide_replicas(
@@ -211,7 +227,7 @@ def _learn(goals: Goals, points: tuple[Point, ...], traffic: Traffic, memory: Me
         # A replica that went took its count along, and its requests are only beginning elsewhere.
         load, prompts = max(load, memory.load), max(prompts, memory.prompts)
     worst = memory.worst + (_worst(goals, traffic) - memory.worst) * part
-    squeeze = memory.squeeze + (_squeeze(goals, traffic) - memory.squeeze) * part
+    squeeze = memory.squeeze + (_squeeze(goals, points, traffic) - memory.squeeze) * part
     idle_since = _idle_since(traffic, memory, now)
     memory = replace(memory, load=load, prompts=prompts, worst=worst, squeeze=squeeze, idle_since=idle_since)
     memory = replace(memory, lifted=is_lifted(worst, lifted=memory.lifted))
@@ -266,10 +282,18 @@ def _worst(goals: Goals, traffic: Traffic) -> float:
     return max(_shares(goals, traffic))
 
 
-def _squeeze(goals: Goals, traffic: Traffic) -> float:
-    """Between tokens it takes longer in proportion to the load; the first token waits in a queue, which grows faster."""
+def _squeeze(goals: Goals, points: tuple[Point, ...], traffic: Traffic) -> float:
+    """The smallest part of the replicas that the latencies leave room for.
+
+    The first token waits in a queue, which grows faster than the load. What a token takes beyond what it takes in a
+    replica that is nearly empty grows in proportion to the load.
+    """
     first, inter = _shares(goals, traffic)
-    return max(sqrt(first / FIRST_TOKEN_ROOM), inter / INTER_TOKEN_ROOM)
+    alone = latency_of(points, 0) if inter else None
+    empty = alone / goals.inter_token_milliseconds if alone and goals.inter_token_milliseconds else 0.0
+    if not empty < min(inter, INTER_TOKEN_ROOM):
+        empty = 0.0
+    return max(sqrt(first / FIRST_TOKEN_ROOM), (inter - empty) / (INTER_TOKEN_ROOM - empty))
 
 
 def _carries(goals: Goals, point: OperatingPoint | None, traffic: Traffic, memory: Memory) -> float:
@@ -297,7 +321,7 @@ def _remember(memory: Memory, carries: float, now: int, tuning: Tuning) -> Memor
         earlier = memory.buckets[:-1]
         kept, load = max(kept, last.kept), max(load, last.tokens_per_second)
         prompts, squeeze = max(prompts, last.prompt_tokens_per_second), max(squeeze, last.squeeze)
-    oldest = now - tuning.window_milliseconds
+    oldest = now - max(tuning.window_milliseconds * memory.patience, TREND_MILLISECONDS)
     recent = tuple(b for b in earlier if b.at_milliseconds + BUCKET_MILLISECONDS > oldest)
     return replace(memory, buckets=(*recent, Bucket(start, kept, load, prompts, squeeze)))
 
@@ -311,10 +335,11 @@ def _growth(memory: Memory, tuning: Tuning) -> float:
 
     The rise is taken between the means of the older and the newer half of the window, so that noise is not a trend.
     """
-    half = len(memory.buckets) // 2
+    recent = memory.buckets[-(TREND_MILLISECONDS // BUCKET_MILLISECONDS) :]
+    half = len(recent) // 2
     if half < 3:
         return 1.0
-    older, newer = memory.buckets[:half], memory.buckets[-half:]
+    older, newer = recent[:half], recent[-half:]
     apart = newer[0].at_milliseconds - older[0].at_milliseconds
     growth = 1.0
     for then, now in (
@@ -335,14 +360,25 @@ def _for_latency(memory: Memory, traffic: Traffic, growth: float, now: int) -> i
     return ceil(traffic.ready * min(sqrt(expected / NEAR_SLO), 1.5) - 1e-9)
 
 
+def _regret(memory: Memory, now: int) -> Memory:
+    """Twice as patient when what was taken away has to come back at once; half as much after each calm hour."""
+    if memory.taken_at is None or now - memory.taken_at >= REGRET_MILLISECONDS:
+        return memory
+    return replace(memory, patience=min(2 * memory.patience, MOST_PATIENCE), regretted_at=now)
+
+
 def _kept(memory: Memory, desired: int, now: int, tuning: Tuning) -> int:
     """How many have to stay for now, by the window that was seen."""
-    watched = memory.since is not None and now - memory.since >= tuning.window_milliseconds
-    if not watched or now - memory.taken_at < PACE_MILLISECONDS or memory.ready > desired:
+    window = tuning.window_milliseconds * memory.patience
+    quiet_since = memory.since if memory.added_at is None else memory.added_at
+    watched = quiet_since is not None and now - quiet_since >= window
+    paced = memory.taken_at is None or now - memory.taken_at >= PACE_MILLISECONDS
+    if not watched or not paced or memory.ready > desired:
         return desired
     settled = memory.settled_at - SETTLE_MILLISECONDS // 2
-    squeeze = max((b.squeeze for b in memory.buckets if b.at_milliseconds >= settled), default=memory.squeeze)
-    needed = max(b.kept for b in memory.buckets)
+    seen = [b for b in memory.buckets if b.at_milliseconds + BUCKET_MILLISECONDS > now - window]
+    squeeze = max((b.squeeze for b in seen if b.at_milliseconds >= settled), default=memory.squeeze)
+    needed = max(b.kept for b in seen)
     if memory.ready < desired:
         # Replicas that find no watts or no node must not be asked for for ever.
         waited = now - memory.short_since if memory.short_since is not None else 0
@@ -373,6 +409,10 @@ def _settle(
     keep = _kept(memory, desired, now, tuning)
     wanted = max(up, min(desired, max(keep, up)), least)
     replicas = min(wanted, goals.max_replicas)
+    if replicas > desired:
+        memory = replace(_regret(memory, now), added_at=now)
+    elif memory.patience > 1 and now - memory.regretted_at >= CALM_MILLISECONDS:
+        memory = replace(memory, patience=memory.patience // 2, regretted_at=now)
     per_replica = f"{carries:.0f} per replica" if isfinite(carries) else "no load to learn from"
     told = f"{memory.load:.0f} tokens/s at {per_replica}"
     if wanted > goals.max_replicas:
@@ -381,7 +421,8 @@ def _settle(
     if replicas > desired:
         return _decision(replicas, "LoadRose", f"{told}: {desired} → {replicas}", point, memory, now)
     if replicas < desired:
-        message = f"{told} for {tuning.window_milliseconds // 1000}s: {desired} → {replicas}"
+        seconds = tuning.window_milliseconds * memory.patience // 1000
+        message = f"{told} for {seconds}s: {desired} → {replicas}"
         return _decision(replicas, "LoadFell", message, point, replace(memory, taken_at=now), now)
     reason = "AtMinimum" if replicas == least and keep < least else "Steady"
     return _decision(replicas, reason, told, point, memory, now)

@@ -7,6 +7,7 @@ that were generated for somebody count as tokens.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import floor, log10
 from typing import Final, Literal
 
 Scope = Literal["GPU", "Node", "Facility"]
@@ -75,6 +76,8 @@ class Situation:
     """Requests per replica at which it would be most efficient within its SLO; 0: not known."""
     replicas: int = 0
     min_replicas: int = 0
+    held_by_latency: bool = False
+    """By what is measured, fewer replicas would come too near an SLO."""
     best_tokens_per_joule: float | None = None
     """At the best operating point of its profile within the SLO, in the target's scope."""
     tokens_by_product: Mapping[str, float] = field(default_factory=dict)
@@ -131,9 +134,15 @@ def _beyond_profile(case: _Case) -> tuple[str, str] | None:
     if best is None or best >= case.target:
         return None
     return "TargetBeyondProfile", (
-        f"its best point within the SLO gives {best:.2f}: "
-        f"ask for at most {best:.2f}, or allow more latency and so more concurrency"
+        f"its best point within the SLO gives {_rounded_down(best)}: "
+        f"ask for at most {_rounded_down(best)}, or allow more latency and so more concurrency"
     )
+
+
+def _rounded_down(value: float) -> str:
+    """To three figures. Whoever asks for what was named must not hear that it is too much."""
+    decimals = max(2 - floor(log10(value)), 0) if value > 0 else 0
+    return f"{floor(value * 10**decimals) / 10**decimals:.{decimals}f}"
 
 
 def _no_traffic(case: _Case) -> tuple[str, str] | None:
@@ -148,6 +157,11 @@ def _thin(case: _Case) -> tuple[str, str] | None:
         return None
     dense = f"{now.concurrency:.0f} requests per replica, best is {now.best_concurrency}"
     if now.replicas > max(now.min_replicas, 1):
+        if now.held_by_latency:
+            return (
+                "LatencyBound",
+                f"{dense}, but fewer replicas would come too near an SLO: allow more latency",
+            )
         return "LowConcurrency", f"{dense}: replicas are being taken away, down to {max(now.min_replicas, 1)}"
     if now.min_replicas > 1:
         return "TooManyAtMinimum", f"{dense}: lower replicas.min from {now.min_replicas}"
@@ -176,7 +190,8 @@ def _above_knee(case: _Case) -> tuple[str, str] | None:
     if not knee or cap <= 1.05 * knee:
         return None
     return "CapsAboveKnee", (
-        f"its GPUs may draw {cap / 1000:.0f}W, the most tokens per joule are at {knee / 1000:.0f}W"
+        f"its GPUs may draw {cap / 1000:.0f}W, the most tokens per joule are at {knee / 1000:.0f}W: "
+        f"a lower spec.power.budget, or a higher target, keeps them there"
     )
 
 

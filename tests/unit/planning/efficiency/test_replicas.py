@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import example, given, settings
@@ -98,6 +99,36 @@ def test_noise_never_makes_it_flap(load: float, noise: list[float], start: int) 
         fell = fell or after < before
     assert rises_after_a_fall == 0
     assert len(set(sizes[-60:])) == 1
+
+
+NOISES = {
+    "a quarter either way": lambda rng: rng.uniform(0.75, 1.25),
+    "long-tailed": lambda rng: rng.lognormvariate(0, 0.3),
+    "spikes": lambda rng: 3.0 if rng.random() < 0.02 else 1.0,
+    "on and off": lambda rng: rng.choice((0.6, 1.4)),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("load", [900.0, 7_000.0])
+def test_heavier_noise_than_the_marks_allow_for_makes_it_patient(noise: str, load: float) -> None:
+    """White noise, anew each 15 s: after an hour's learning at most a dozen changes an hour, whatever it is like.
+
+    Without patience it is 26 to 49.
+    """
+    rng = Random(7)
+    told = run([load * NOISES[noise](rng) for _ in range(480)], start=10)
+    sizes = [d.replicas for d in told[240:]]
+    assert sum(a != b for a, b in pairwise(sizes)) <= 12
+
+
+def test_patience_is_forgotten_when_it_is_calm() -> None:
+    rng = Random(7)
+    noisy = [2_500 * rng.choice((0.6, 1.4)) for _ in range(240)]
+    told = run([*noisy, *[2_500.0] * (240 * 5)], start=10)
+    assert told[239].memory.patience == 16
+    assert told[-1].memory.patience == 1
+    assert told[-1].replicas == 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -276,3 +307,23 @@ def test_without_a_profile_it_still_decides(tokens: float) -> None:
 
 def test_fill_marks_leave_a_gap() -> None:
     assert FILL_DOWN * 1.08 / 0.92 < FILL_UP
+
+
+def test_what_a_token_takes_in_an_empty_replica_too_holds_none() -> None:
+    """Two replicas at 14 ms each, of which 10 ms are there at any load: one at 20 ms is well within 50 ms."""
+    assert run([500.0] * 60, start=2)[-1].replicas == 1
+
+
+def test_it_says_whether_latency_holds_its_replicas() -> None:
+    goals = replace(GOALS, first_token_milliseconds=500.0)
+
+    def settled(first: float) -> Decision:
+        memory = Memory()
+        for step in range(30):
+            traffic = serving(400.0, 4, first=first)
+            decision = decide_replicas(goals, POINTS, traffic, memory, step * 15 * SECOND, TUNING)
+            memory = replace(decision.memory, desired=4)
+        return decision
+
+    assert settled(290.0).held_by_latency
+    assert not settled(50.0).held_by_latency

@@ -1,5 +1,6 @@
 """`EfficiencyMet`: what counts, and the nearest fix."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,7 @@ FIXES = {
     "TargetBeyondProfile": (HOUR, replace(WELL, best_tokens_per_joule=3.5)),
     "NoTraffic": (replace(HOUR, generated_tokens=0), WELL),
     "LowConcurrency": (HOUR, replace(WELL, concurrency=20)),
+    "LatencyBound": (HOUR, replace(WELL, concurrency=20, held_by_latency=True)),
     "TooManyAtMinimum": (HOUR, replace(WELL, concurrency=20, replicas=2)),
     "TooLittleTraffic": (HOUR, replace(WELL, concurrency=20, replicas=1, min_replicas=1)),
     "WorseProduct": (
@@ -71,6 +73,18 @@ def test_the_fix_names_its_figures() -> None:
     assert "ask for at most 3.50" in verdict.message
     verdict = judge_efficiency(4.0, "Node", *FIXES["WorseProduct"])
     assert "50% of its tokens are made on A100 at 1.00 tokens/J: H100 makes 3.00" in verdict.message
+
+
+@pytest.mark.parametrize("best", [3.4962, 0.23789, 0.004567, 1_234.5])
+def test_who_asks_for_what_was_named_is_not_told_that_it_is_too_much(best: float) -> None:
+    situation = replace(WELL, best_tokens_per_joule=best)
+    refused = judge_efficiency(2 * best, "GPU", replace(HOUR, generated_tokens=1), situation)
+    assert refused.reason == "TargetBeyondProfile"
+    named = re.search(r"at most ([0-9.]+),", refused.message)
+    assert named is not None
+    assert 0.99 * best < float(named[1]) <= best
+    asked = judge_efficiency(float(named[1]), "GPU", replace(HOUR, generated_tokens=1), situation)
+    assert asked.reason != "TargetBeyondProfile"
 
 
 def test_too_short_a_window_says_nothing() -> None:
