@@ -210,6 +210,8 @@ class Order:
     """Where each class's pieces begin (pieces are sorted by class, then by cell)."""
     firsts: BoolArray | None = None
     """Classes whose first stretches come first within their stage, by index; see `firsts_first`."""
+    left_out: BoolArray | None = None
+    """Pieces of the goods that a price floor takes off the market."""
 
     @cached_property
     def caps(self) -> IntArray:
@@ -235,7 +237,7 @@ def firsts_first(order: Order, classes: BoolArray) -> Order:
     first = classes[order.piece_class] & (order.piece_segment == 0)
     stage = order.cell_stage[order.piece_cell]
     key = (2 * stage + ~first) * (order.cells + 1) + order.piece_cell
-    return replace(_renumbered(order, key), firsts=classes)
+    return replace(_renumbered(order, key), firsts=classes, left_out=order.left_out)
 
 
 def _renumbered(order: Order, key: IntArray) -> Order:
@@ -288,7 +290,7 @@ def put_in_order(
         order = _number(goods, chosen, goods.piece_width[chosen], ranks(worth)[chosen])
     else:
         order = _with_edges(goods, letter, keep, adders, edge)
-    return replace(order, firsts=firsts)
+    return replace(order, firsts=firsts, left_out=None if keep.all() else ~keep)
 
 
 def net_prices(goods: Goods, letter: IntArray, adders: Iterable[Adder], count: int) -> IntArray:

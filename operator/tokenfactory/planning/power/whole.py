@@ -2,19 +2,23 @@
 
 A search by branch and bound over how many replicas of each class run in each domain. What is left of the watts goes along
 the order of buying; where nothing is whole that is also the bound: because limits nest, buying in order is the best that
-fractions of replicas can do. Stage by stage, as everywhere: what an earlier stage reached is not given up for a later one.
+fractions of replicas can do. A purse is no part of that nest, so for the bound its watts have a price instead of a limit:
+at any price what is bought then promises no less than the best (weak duality), and a few steps find one at which it promises
+little more. Stage by stage, as everywhere: what an earlier stage reached is not given up for a later one.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from tokenfactory.planning.power.goods import BoolArray, IntArray
+from tokenfactory.planning.power.goods import BoolArray, IntArray, Order
 from tokenfactory.planning.power.market import Clearing
 from tokenfactory.planning.power.purses import Purse
 
@@ -24,7 +28,9 @@ MOST_PAIRS = 128
 MOST_LOOKS = 600
 # A branch that promises less than this much more is not looked into.
 WORTH_LOOKING = 5e-4
-LOOSE = 0.05
+# How often the prices of purses are bettered for the first branch, and for each later one from those of the one before.
+FIRST_PRICINGS = 60
+PRICINGS = 8
 _NEARLY = 1e-6
 
 
@@ -53,6 +59,19 @@ class _Piece:
     """The stretch that only whole replicas cross."""
 
 
+Prices = tuple[float, ...]
+"""Of each purse, per milliwatt."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """What a branch can make at most, by the prices of purses at which that was found."""
+
+    value: float
+    running: list[float]
+    prices: Prices
+
+
 @dataclass
 class Site:
     """What is searched together: rooms by position (purses: -1 and below), lots, and pieces in the order of buying."""
@@ -62,35 +81,97 @@ class Site:
     pieces: list[_Piece] = field(default_factory=list)
     stages: int = 1
 
-    def bought(self, least: Sequence[int], most: Sequence[int]) -> tuple[list[float], list[float]] | None:
+    @cached_property
+    def purses(self) -> int:
+        return sum(position < 0 for position in self.room)
+
+    def in_order(self, prices: Prices) -> list[_Piece]:
+        """As they are bought where purses have these prices; without purses as they are."""
+        if not self.purses:
+            return self.pieces
+        return sorted(self.pieces, key=lambda piece: (piece.stage, -self.net(piece, prices)))
+
+    def net(self, piece: _Piece, prices: Prices) -> float:
+        """What a piece is worth beyond the prices of the purses that it is paid from."""
+        return piece.value - sum(prices[-1 - p] for p in self.lots[piece.lot].path if p < 0 and prices)
+
+    def bought(
+        self, least: Sequence[int], most: Sequence[int], prices: Prices = ()
+    ) -> tuple[list[float], list[float]] | None:
         """Value by stage and replicas that run, if between `least` and `most` of each lot do; None: do not fit."""
-        room, value = dict(self.room), [0.0] * self.stages
-        running = [float(count) for count in least]
-        for lot, count in zip(self.lots, least, strict=True):
+        room = self._left(least)
+        if room is None:
+            return None
+        value, running = [0.0] * self.stages, [float(count) for count in least]
+        for piece in self.in_order(prices):
+            if piece.first:
+                value[piece.stage] += least[piece.lot] * piece.watts * piece.value
+            taken = self._take(piece, room, self.lots[piece.lot].path, most, running)
+            value[piece.stage] += taken * piece.value
+        return value, running
+
+    def promised(
+        self, least: Sequence[int], most: Sequence[int], stage: int, prices: Prices
+    ) -> tuple[float, list[float], list[float]] | None:
+        """No plan makes more in this stage, if stages before it buy in order; with the replicas that would run, and what
+        each purse would have left.
+        """
+        room = self._left(least)
+        if room is None:
+            return None
+        value, running = 0.0, [float(count) for count in least]
+        for piece in self.in_order(prices):
+            path = self.lots[piece.lot].path
+            if piece.stage > stage:
+                break
+            if piece.stage == stage and piece.first:
+                value += least[piece.lot] * piece.watts * piece.value
+            if piece.stage < stage:
+                self._take(piece, room, path, most, running)
+            elif self.net(piece, prices) > 0:
+                taken = self._take(piece, room, tuple(p for p in path if p >= 0), most, running)
+                value += taken * piece.value
+                for position in path:
+                    room[position] -= taken if position < 0 else 0.0
+        left = [room[-1 - number] for number in range(self.purses)]
+        value += sum(price * milliwatts for price, milliwatts in zip(prices, left, strict=True))
+        return value, running, left
+
+    def _left(self, running: Sequence[int]) -> dict[int, float] | None:
+        """The rooms once these replicas have crossed their first stretch; None: they do not fit."""
+        room = dict(self.room)
+        for lot, count in zip(self.lots, running, strict=True):
             for position in lot.path if count else ():
                 room[position] -= count * lot.whole
                 if room[position] < -_NEARLY:
                     return None
-        lots = self.lots
-        for piece in self.pieces:
-            lot = lots[piece.lot]
-            if not lot.count:
-                wanted = piece.watts
-            elif piece.first:
-                value[piece.stage] += least[piece.lot] * piece.watts * piece.value
-                wanted = (most[piece.lot] - running[piece.lot]) * piece.watts
-            else:
-                wanted = running[piece.lot] * piece.watts
-            for position in lot.path:
-                wanted = min(wanted, room[position])
-            if wanted <= 0:
-                continue
-            for position in lot.path:
-                room[position] -= wanted
-            value[piece.stage] += wanted * piece.value
-            if piece.first:
-                running[piece.lot] += wanted / piece.watts
-        return value, running
+        return room
+
+    def _take(
+        self,
+        piece: _Piece,
+        room: dict[int, float],
+        path: Sequence[int],
+        most: Sequence[int],
+        running: list[float],
+    ) -> float:
+        """What a piece takes of these rooms."""
+        lot = self.lots[piece.lot]
+        if not lot.count:
+            wanted = piece.watts
+        elif piece.first:
+            wanted = (most[piece.lot] - running[piece.lot]) * piece.watts
+        else:
+            wanted = running[piece.lot] * piece.watts
+        for position in path:
+            wanted = min(wanted, room[position])
+        if wanted <= 0:
+            return 0.0
+        for position in path:
+            room[position] -= wanted
+        if piece.first:
+            running[piece.lot] += wanted / piece.watts
+        return wanted
 
 
 def best_whole(site: Site, needed: Mapping[int, int]) -> list[int] | None:
@@ -115,40 +196,83 @@ def _search(
     most: Sequence[int],
     start: list[int] | None,
 ) -> list[int] | None:
-    # With purses the order of buying is not quite a bound: what promises a little less is looked into as well.
-    worth = 1 + (WORTH_LOOKING if min(site.room, default=0) >= 0 else -LOOSE)
     best, reached = start, -1.0
     if start is not None and (at_start := site.bought(start, start)) is not None:
         reached = at_start[0][stage]
-    first = site.bought(least, most)
+    first = _promise(site, least, most, stage, (0.0,) * site.purses, reached)
     if first is None:
         return best
-    queue = [(-first[0][stage], 0, tuple(least), tuple(most), first[1])]
+    queue = [(-first.value, 0, tuple(least), tuple(most), first)]
     looks = 0
     while queue and looks < MOST_LOOKS:
-        promised, _, low, high, running = heapq.heappop(queue)
-        if -promised <= reached * worth:
+        _, _, low, high, promise = heapq.heappop(queue)
+        if promise.value <= reached * (1 + WORTH_LOOKING):
             break
-        for plan in _rounded(site, low, high, running):
-            made = site.bought(plan, plan)
+        near = [promise.running]
+        if site.purses and (filled := site.bought(low, high, promise.prices)) is not None:
+            near.append(filled[1])
+        for plan in [plan for running in near for plan in _rounded(site, low, high, running, promise.prices)]:
+            made = site.bought(plan, plan, promise.prices)
             if made is not None and made[0][stage] > reached and _enough(site, plan, needed):
                 best, reached = plan, made[0][stage]
-        split = _most_broken(site, stage, running)
-        if split is None:
+        at = _split(site, stage, low, high, near)
+        if at is None:
             continue
-        for lower, upper in (
-            (low[split], math.floor(running[split] + _NEARLY)),
-            (math.floor(running[split] + _NEARLY) + 1, high[split]),
-        ):
+        number, count = at
+        for lower, upper in ((low[number], count), (count + 1, high[number])):
             looks += 1
             branch_low, branch_high = list(low), list(high)
-            branch_low[split], branch_high[split] = lower, upper
-            found = site.bought(branch_low, branch_high) if lower <= upper else None
-            if found is not None and found[0][stage] > reached * worth:
-                heapq.heappush(
-                    queue, (-found[0][stage], looks, tuple(branch_low), tuple(branch_high), found[1])
-                )
+            branch_low[number], branch_high[number] = lower, upper
+            worth = reached * (1 + WORTH_LOOKING)
+            found = _promise(site, branch_low, branch_high, stage, promise.prices, worth)
+            if found is not None and found.value > worth:
+                heapq.heappush(queue, (-found.value, looks, tuple(branch_low), tuple(branch_high), found))
     return best
+
+
+def _promise(
+    site: Site, least: Sequence[int], most: Sequence[int], stage: int, prices: Prices, worth: float
+) -> _Promise | None:
+    """The least that is found to bound a branch; None: nothing of it fits. No further than to what is not worth it."""
+    best: _Promise | None = None
+    if worth <= 0 and site.purses and (filled := site.bought(least, most, prices)) is not None:
+        worth = filled[0][stage]
+    for _ in range((FIRST_PRICINGS if not any(prices) else PRICINGS) if site.purses else 1):
+        found = site.promised(least, most, stage, prices)
+        if found is None:
+            return None
+        value, running, left = found
+        if best is None or value < best.value:
+            best = _Promise(value, running, prices)
+        # A price falls where its purse has watts left and rises where it is overdrawn, as far as it takes to get there
+        # if nothing else changed (Polyak's step).
+        moving = [each if price > 0 or each < 0 else 0.0 for price, each in zip(prices, left, strict=True)]
+        size = sum(each * each for each in moving)
+        if value <= worth or not size:
+            break
+        step = (value - worth) / size
+        prices = tuple(max(price - step * each, 0.0) for price, each in zip(prices, moving, strict=True))
+    return best
+
+
+def _split(
+    site: Site, stage: int, low: Sequence[int], high: Sequence[int], near: Sequence[Sequence[float]]
+) -> tuple[int, int] | None:
+    """The lot to branch on, and how many of its replicas run at most in the lower branch."""
+    for running in near:
+        broken = _most_broken(site, stage, running)
+        if broken is not None:
+            return broken, math.floor(running[broken] + _NEARLY)
+    # All are whole, and yet more is promised than made: the purses' watts go elsewhere above the first stretches.
+    open_lots = [
+        (abs(near[0][at] - near[-1][at]), (high[at] - low[at]) * lot.whole, -at)
+        for at, lot in enumerate(site.lots)
+        if high[at] > low[at]
+    ]
+    if not site.purses or not open_lots:
+        return None
+    number = -max(open_lots)[2]
+    return number, min(math.floor(near[0][number] + _NEARLY), high[number] - 1)
 
 
 def _most_broken(site: Site, stage: int, running: Sequence[float]) -> int | None:
@@ -163,7 +287,7 @@ def _most_broken(site: Site, stage: int, running: Sequence[float]) -> int | None
 
 
 def _rounded(
-    site: Site, low: Sequence[int], high: Sequence[int], running: Sequence[float]
+    site: Site, low: Sequence[int], high: Sequence[int], running: Sequence[float], prices: Prices
 ) -> list[list[int]]:
     """Whole plans near a broken one: cut down; and filled up again with what then fits, in the order of buying."""
     cut = [
@@ -174,7 +298,7 @@ def _rounded(
         for position in lot.path:
             room[position] -= count * lot.whole
     filled = list(cut)
-    for piece in site.pieces:
+    for piece in site.in_order(prices):
         lot = site.lots[piece.lot]
         if not piece.first or not lot.count:
             continue
@@ -203,8 +327,7 @@ def site_of(
 ) -> Site:
     """The pairs below one domain, with what its parents leave it now as its room.
 
-    A purse is one more room for those who pay from it: no plan overdraws it. The bound is then no bound any more, but
-    near it, as the order of buying has the purses' prices in it.
+    A purse is one more room for those who pay from it: no plan overdraws it.
     """
     market = clearing.market
     order, fleet, forest = market.order, market.fleet, market.forest
@@ -230,30 +353,45 @@ def site_of(
         room[-1 - number] = float(max(purse.milliwatts - least - spent, 0))
     site = Site(room, stages=goods.stages)
     cells: list[tuple[int, _Piece]] = []
+    on_sale = _on_sale(order, at_any_price=bool(purses))
     for pair in pairs.tolist():
         number = int(fleet.class_index[pair])
         each, gpus = goods.classes[number], int(fleet.gpus[pair])
         count = gpus // each.gpus_per_replica if parkable[number] else 0
         whole = float(each.gpus_per_replica * (each.milliwatts[1] - each.milliwatts[0])) if count else 0.0
         site.lots.append(_Lot(pair, paths[pair], count, whole, number))
-        a, b = int(order.class_start[number]), int(order.class_start[number + 1])
         size = each.gpus_per_replica if count else gpus
         seen_first = False
-        for at in range(a, b):
-            cell, first = int(order.piece_cell[at]), bool(count) and int(order.piece_segment[at]) == 0
+        for cell, segment, stage, width in on_sale[number]:
+            first = bool(count) and segment == 0
             if first and seen_first:
                 continue  # a first stretch that ties cut in parts is crossed as one
             seen_first = seen_first or first
-            watts = whole if first else float(size * int(order.piece_width[at]))
-            value = float(order.cell_ticks[cell]) * goods.value_per_tick
-            segment = int(order.piece_segment[at])
+            watts = whole if first else float(size * width)
             gain = each.values[segment + 1] - each.values[segment]
             value = gain / (each.milliwatts[segment + 1] - each.milliwatts[segment])
-            stage = int(order.cell_stage[cell])
             cells.append((cell, _Piece(len(site.lots) - 1, stage, value, watts, first)))
     cells.sort(key=lambda entry: (entry[0], not entry[1].first))
     site.pieces = [piece for _, piece in cells]
     return site
+
+
+def _on_sale(order: Order, *, at_any_price: bool) -> dict[int, list[tuple[int, int, int, int]]]:
+    """By class: (cell, segment, stage, width) of every piece that is bought at the order's prices, or at any."""
+    found: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
+    if at_any_price:
+        goods = order.goods
+        kept = np.ones(goods.piece_class.size, dtype=np.bool_) if order.left_out is None else ~order.left_out
+        classes, segments = goods.piece_class[kept], goods.piece_segment[kept]
+        stages, widths = goods.piece_stage[kept], goods.piece_width[kept]
+        cells = np.zeros(classes.size, dtype=np.int64)
+    else:
+        classes, segments, cells = order.piece_class, order.piece_segment, order.piece_cell
+        stages, widths = order.cell_stage[cells], order.piece_width
+    rows = zip(*(each.tolist() for each in (cells, segments, stages, widths)), strict=True)
+    for number, row in zip(classes.tolist(), rows, strict=True):
+        found[number].append(row)
+    return found
 
 
 def parts(clearing: Clearing) -> list[tuple[int, IntArray]]:

@@ -120,12 +120,10 @@ def test_parking_on_many_random_sites(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 5, 20, 60])
+@pytest.mark.parametrize("size", SIZES[:-1])
 def test_parking_under_a_budget_on_many_random_sites(size):
-    """Where groups are tiny one order of buying cannot always spend a purse to the last replica."""
-    ratios = [compare_with_a_budget(seed, size) for seed in range(1000, 1016)]
-    assert min(ratios) >= (0.995 if size >= 20 else 0.95)
-    assert np.mean(ratios) >= 0.995
+    for seed in range(1000, 1024):
+        assert compare_with_a_budget(seed, size) >= 0.995, seed
 
 
 def test_what_binds_apart_is_searched_apart():
@@ -270,6 +268,6 @@ def compare_with_a_budget(seed, replicas):
     return made / max(found, 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_parking_keeps_within_a_budget_across_the_tree(seed):
-    assert compare_with_a_budget(seed, 100) >= 0.995
+@pytest.mark.parametrize(("seed", "size"), [(0, 1), (1, 2), (1010, 3), (1009, 5), (4, 100)])
+def test_parking_keeps_within_a_budget_across_the_tree(seed, size):
+    assert compare_with_a_budget(seed, size) >= 0.995
