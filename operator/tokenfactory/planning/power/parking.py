@@ -20,7 +20,7 @@ from tokenfactory.planning.power.forest import Fleet
 from tokenfactory.planning.power.goods import BoolArray, Goods, IntArray, PowerClass, firsts_first
 from tokenfactory.planning.power.market import Clearing, Market
 from tokenfactory.planning.power.purses import Purse
-from tokenfactory.planning.power.whole import best_whole, parts, site_of
+from tokenfactory.planning.power.whole import best_whole, grouped, site_of
 
 # Watts left over by one round of parking can ask for another; by then they are less than a replica's.
 ROUNDS = 8
@@ -108,11 +108,12 @@ def _searched(clearing: Clearing, may_park: IntArray, purses: Sequence[Purse]) -
     parked = np.zeros(fleet.gpus.size, dtype=np.int64)
     decided = np.zeros(fleet.gpus.size, dtype=np.bool_)
     spare = may_park.copy()
-    for top, pairs in parts(clearing):
+    for group in grouped(clearing, purses):
+        pairs = np.concatenate([mine for _, mine in group])
         if not caught[pairs].any():
             decided[pairs] = True  # all of them run
             continue
-        site = site_of(clearing, pairs, parkable, top, purses)
+        site = site_of(clearing, group, parkable, purses)
         standing: dict[int, int] = {}
         for lot in site.lots:
             standing[lot.class_index] = standing.get(lot.class_index, 0) + lot.count

@@ -59,6 +59,9 @@ class _Piece:
     """The stretch that only whole replicas cross."""
 
 
+Part = tuple[int, IntArray]
+"""A top domain, and the (domain, class) pairs below it."""
+
 Prices = tuple[float, ...]
 """Of each purse, per milliwatt."""
 
@@ -320,28 +323,28 @@ def _enough(site: Site, plan: Sequence[int], needed: Mapping[int, int]) -> bool:
 
 def site_of(
     clearing: Clearing,
-    pairs: IntArray,
+    group: Sequence[Part],
     parkable: BoolArray,
-    top: int,
     purses: Sequence[Purse] = (),
 ) -> Site:
-    """The pairs below one domain, with what its parents leave it now as its room.
+    """The pairs below some domains, each with what its parents leave it now as its room.
 
     A purse is one more room for those who pay from it: no plan overdraws it.
     """
     market = clearing.market
     order, fleet, forest = market.order, market.fleet, market.forest
     goods = order.goods
-    paths = {}
-    for pair in pairs.tolist():
-        path = forest.path(int(fleet.domain[pair]))
-        paths[pair] = tuple(path[: path.index(top) + 1])
+    paths, pairs = {}, np.concatenate([below for _, below in group])
+    for top, below in group:
+        for pair in below.tolist():
+            path = forest.path(int(fleet.domain[pair]))
+            paths[pair] = tuple(path[: path.index(top) + 1])
     domains = dict(paths)
     for number, purse in enumerate(purses):
         for pair in pairs[purse.members[fleet.class_index[pairs]]].tolist():
             paths[pair] = (*paths[pair], -1 - number)
     room = {p: float(max(int(clearing.budget[p]), 0)) for path in domains.values() for p in path}
-    if forest.parent[top] >= 0:
+    for top in (top for top, _ in group if forest.parent[top] >= 0):
         # What the parents' limits leave is what it draws now.
         room[top] = min(room[top], float(max(int(clearing.drawn[top]) - int(market.base[top]), 0)))
     for number, purse in enumerate(purses):
@@ -394,8 +397,26 @@ def _on_sale(order: Order, *, at_any_price: bool) -> dict[int, list[tuple[int, i
     return found
 
 
-def parts(clearing: Clearing) -> list[tuple[int, IntArray]]:
-    """(top domain, pairs below it) of what can be searched together: whole trees, or what binds apart in them."""
+def grouped(clearing: Clearing, purses: Sequence[Purse]) -> list[list[Part]]:
+    """The parts, those that pay from one purse together, as far as they are few enough."""
+    groups: list[list[Part]] = []
+    paying: list[BoolArray] = []
+    for part in parts(clearing):
+        classes = clearing.market.fleet.class_index[part[1]]
+        pays = np.array([purse.members[classes].any() for purse in purses], dtype=np.bool_)
+        for at, group in enumerate(groups):
+            if (pays & paying[at]).any() and sum(mine.size for _, mine in (*group, part)) <= MOST_PAIRS:
+                group.append(part)
+                paying[at] |= pays
+                break
+        else:
+            groups.append([part])
+            paying.append(pays)
+    return groups
+
+
+def parts(clearing: Clearing) -> list[Part]:
+    """What can be searched together: whole trees, or what binds apart in them."""
     market = clearing.market
     forest, fleet = market.forest, market.fleet
     live = np.flatnonzero(fleet.gpus > 0)
