@@ -28,12 +28,8 @@ def test_without_faults_every_order_of_events_keeps_the_limit(scene: str) -> Non
     assert result.states > 10
 
 
-LONG = {"skip read-back", "trust a cap across a reboot"}
-
-
-@pytest.mark.parametrize("bug", [bug for bug in WHERE if bug not in LONG])
+@pytest.mark.parametrize("bug", WHERE)
 def test_a_deliberate_bug_is_found_with_its_shortest_trace(bug: str) -> None:
-    """All but those that take many seconds: these are left to `make model`."""
     scene, faults = WHERE[bug]
     result = explore(SCENES[scene], BUGS[bug], faults=faults)
     assert result.violation
