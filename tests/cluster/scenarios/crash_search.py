@@ -130,7 +130,7 @@ class Worker:
         if isinstance(error, PointError):
             self._tell("failure", key=error.key, text=f"{error} (logs: {folder})")
             self._done |= {error.key}
-            return not error.key.endswith(UNDISTURBED)
+            return task is not None and task.name != WALK and not error.key.endswith(UNDISTURBED)
         text = "".join(traceback.format_exception(error, limit=-4))
         self._tell("failure", key=str(task), text=f"{task}: {text} (logs: {folder})")
         return False
