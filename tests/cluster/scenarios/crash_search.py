@@ -47,7 +47,7 @@ STRIPES = {"factory": 2, "group": 2, "rollout": 2, "failover": 2}
 """Rounds with so many points that several sites share them."""
 WALK = "walk"
 UNDISTURBED = "undisturbed"
-MORE = 2
+MORE = 1
 """Points beyond what the undisturbed chapter wrote: how often a status is written depends on the moment."""
 LEAST_DEATHS = frozenset(
     {
