@@ -25,7 +25,7 @@ from tokenfactory.planning.power.purses import Purse
 # So many (domain, class) pairs are searched together; more of them are split at the domains that bind.
 MOST_PAIRS = 128
 # Branches looked at for one site and stage. The best plan found so far is kept.
-MOST_LOOKS = 600
+MOST_LOOKS = 2400
 # A branch that promises less than this much more is not looked into.
 WORTH_LOOKING = 5e-4
 # How often the prices of purses are bettered for the first branch, and for each later one from those of the one before.
