@@ -323,6 +323,14 @@ class TokenFactorySpec(Api, frozen=True, kw_only=True):
         ),
     ]
     recovery: Annotated[Recovery, Meta(description="What happens when a node is lost.")] = Recovery()
+    learning: Annotated[
+        Literal["Observe", "Explore"],
+        Meta(
+            description="Observe: what GPUs make of their watts is learned from the caps that limits and traffic give"
+            " them. Explore: now and then a model with an inter-token latency to keep is also tried at less, in one"
+            " domain and for some minutes, while all its latencies are at most half of what they may be."
+        ),
+    ] = "Observe"
 
 
 class ModelStatus(Api, frozen=True, kw_only=True):

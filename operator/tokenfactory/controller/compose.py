@@ -33,6 +33,7 @@ from tokenfactory.controller.plan.serving import serve
 from tokenfactory.controller.plan.shedding import shed
 from tokenfactory.controller.plan.supplying import Coming
 from tokenfactory.controller.plan.telling import domain_status, factory_status
+from tokenfactory.controller.plan.trying import Ground, try_caps
 from tokenfactory.controller.plan.world import World, see
 from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.controller.workloads import WorkloadOptions
@@ -99,11 +100,14 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     if spent.allotments and cleared is not None:
         lowest = {label: hull.milliwatts[0] for label, hull in cleared.hulls.items()}
         targets = held_to(spent, with_charges(ledger, charging, grid.facts), targets, lowest)
+    tries, targets, trying = try_caps(
+        Ground(world, grid, ledger, cleared, less.staffing, less, memory.lessons, targets), memory.tries
+    )
     sheets = _sheets(ledger, charging, grid, targets, may_rise=not unreadable)
     cutting, rising = _publish(world, sheets)
     # Each may land without the others: what rises was planned over all of these charges. All agents answer a sheet,
     # and would change each GPUNode before its charge could be written over the version that the plan has seen.
-    actions: list[Action] = [*cutting, *charging, *rising]
+    actions: list[Action] = [*cutting, *charging, *rising, *trying]
     actions += open_gates(world)
     actions += replanned.actions
     actions += regranted.actions
@@ -133,6 +137,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         spent,
         given.lost,
         regranted.charges,
+        tries,
     )
     actions += _tell(books)
     actions += _unread(snapshot, memory.unread)
@@ -155,6 +160,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         regranted.since,
         unread=snapshot.unread_factories,
         lessons=lessons,
+        tries=tries,
         watches=watches,
         reports=reports,
         clock=clock,

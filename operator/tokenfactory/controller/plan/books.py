@@ -13,6 +13,7 @@ from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.purses import Spending
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.shedding import Shed
+from tokenfactory.controller.plan.trying import Tries
 from tokenfactory.controller.plan.world import World
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.ledger import Ledger
@@ -35,6 +36,7 @@ class Books:
     """Models that lack a name which somebody else has, and who."""
     loose: Mapping[tuple[str, str, str], int]
     """(namespace, factory, model) → what its replicas may draw that no grant accounts for, in milliwatts."""
+    tries: Tries
 
     def owner_charge(self, owner: tuple[str, str, str]) -> int:
         """What the GPUs of one model are charged, with a grant or without."""

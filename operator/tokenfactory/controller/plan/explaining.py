@@ -139,6 +139,10 @@ def _why(
         return f"the sheet of {unnamed} does not name its class yet, so it gets no more than its minimum" + (
             f"; {waits[0]}" if waits else ""
         )
+    tried = books.tries.at(sheets[-1].domain, gpu.class_name)
+    if tried is not None and lowest.domain == tried.domain and lowest.cap_milliwatts == tried.cap_milliwatts:
+        given = f"; the market gives {watts(market.cap_milliwatts)}" if market else ""
+        return f"tried at {watts(now)} in {tried.domain} for some minutes, to learn its curve{given}"
     return _between(now, lowest, market, waits)
 
 

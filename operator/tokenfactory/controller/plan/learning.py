@@ -91,7 +91,7 @@ def learn_profiles(world: World, before: Lessons) -> tuple[Lessons, list[Action]
         if not caps or len(set(caps)) > 1:
             continue
         seen[replica.uid] = caps[0], meter.generated_tokens, meter.since
-        if _steady(before.seen.get(replica.uid), seen[replica.uid]) and _full(meter):
+        if _steady(before.seen.get(replica.uid), seen[replica.uid]) and is_full(meter):
             subject = _subject(world, replica, host)
             of.setdefault(subject, replica)
             told[subject].append((_observed(meter, caps), meter.running))
@@ -108,7 +108,7 @@ def _steady(before: tuple[int, int, str] | None, now: tuple[int, int, str]) -> b
     return before is not None and (before[0], before[2]) == (now[0], now[2]) and now[1] > before[1]
 
 
-def _full(meter: PodMeter) -> bool:
+def is_full(meter: PodMeter) -> bool:
     """It could not have made more: requests wait, or its cache is full."""
     return meter.running > 0 and (meter.queued > 0 or meter.cache_permille >= FULL_CACHE_PERMILLE)
 

@@ -15,6 +15,7 @@ from tokenfactory.controller.plan.leftovers import Known
 from tokenfactory.controller.plan.refusing import Refusals
 from tokenfactory.controller.plan.replicating import Reading
 from tokenfactory.controller.plan.shedding import Shedding
+from tokenfactory.controller.plan.trying import Tries
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.efficiency.replicas import Memory as ReplicaMemory
 from tokenfactory.planning.efficiency.verdict import Counter, Energy
@@ -53,6 +54,7 @@ class Memory:
     unread: Mapping[Key, str] = field(default_factory=dict)
     """Factories that could not be read, and why, as people were told."""
     lessons: Lessons = field(default_factory=Lessons)
+    tries: Tries = field(default_factory=Tries)
     watches: Mapping[str, Watch] = field(default_factory=dict)
     """What oversubscribed domains drew of what they were charged."""
     reports: Mapping[str, tuple[str, int]] = field(default_factory=dict)

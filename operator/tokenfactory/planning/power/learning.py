@@ -147,12 +147,13 @@ class Learned:
         lower = int(floor * (1 - min(step, LONGEST_STEP))) // 1000 * 1000
         return lower if step >= STEP and lower >= self.minimum_milliwatts else None
 
-    def least_known(self) -> int | None:
-        """The cap above the floor that was seen least; None when all were seen well enough."""
+    def least_known(self, below_milliwatts: int | None = None) -> int | None:
+        """The cap above the floor that was seen least; None when all (below some cap) were seen well enough."""
         known = self._known()
         # Near the floor only steps from above are safe: there the curve may have moved unseen.
         lowest = self.safe_floor() * (1 + 2 * STEP) if self.allowed_milliseconds is not None else 0
-        open_caps = np.flatnonzero(~known & (self.caps >= lowest))
+        highest = self.maximum_milliwatts + 1 if below_milliwatts is None else below_milliwatts
+        open_caps = np.flatnonzero(~known & (self.caps >= lowest) & (self.caps < highest))
         if not open_caps.size:
             return None
         # The farthest from anything known first: it tells the most.
@@ -170,7 +171,7 @@ class Learned:
         """
         cap = self.next_step_down()
         if (cap is None or self.knows(cap)) and anywhere:
-            cap = self.least_known()
+            cap = self.least_known(present_milliwatts)
         return cap if cap is not None and cap < present_milliwatts and not self.knows(cap) else None
 
     def knows(self, cap_milliwatts: int) -> bool:
