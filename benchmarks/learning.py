@@ -2,8 +2,9 @@
 
 Twelve models on 24 racks of 32 GPUs. The true curves are hidden (flat then cliff, two knees, drifting); the
 catalogue's guess is off in scale (±30 %) and in where the cliff is. Every board's sensor is off by up to ±5 %,
-every reading noisy. In each period the market clears with what is learned, a few groups try other caps, and
-what each group then makes is fed back. A floor counts as crossed when a served group is, without noise, slower
+every reading noisy. In each period the market clears with what is learned, a few groups are tried
+at less than it gives them (`Learned.next_try`, as the operator does; the watts left over are sold to nobody), and what
+each group then makes is fed back. A floor counts as crossed when a served group is, without noise, slower
 than its SLO. Beside it: the catalogue alone, and a uniform cap.
 """
 
@@ -132,12 +133,12 @@ class Site:
 
 
 def choose_tries(site, states, caps, period):
-    """One group per model is tried at less than the market gives it."""
+    """One group per model is tried at less than the market gives it: each period until it is sure, then every third."""
     tried = {}
     for model, state in enumerate(states):
         groups = np.flatnonzero(site.group_model == model)
         group = int(groups[period % groups.size])
-        cap = state.next_try(int(caps[group]), anywhere=period % 3 == model % 3)
+        cap = state.next_try(int(caps[group]), again=period % 3 == model % 3)
         if cap is not None:
             tried[group] = cap
     return tried

@@ -22,7 +22,6 @@ from tokenfactory.api.power_profile import PowerProfile, PowerProfileSpec, Power
 from tokenfactory.api.quantities import Milliwatts, format_power
 from tokenfactory.controller.actions import Action, RecordProfile, WriteStatus
 from tokenfactory.controller.plan.profiles import (
-    SURE_ENOUGH,
     Subject,
     blank,
     confidence_of,
@@ -38,7 +37,7 @@ from tokenfactory.controller.plan.profiles import (
 from tokenfactory.controller.plan.status import decimal
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
 from tokenfactory.kube.times import rfc3339
-from tokenfactory.planning.power.learning import Learned, Observation, learn, recall
+from tokenfactory.planning.power.learning import SURE_ENOUGH, Learned, Observation, learn, recall
 from tokenfactory.planning.power.profile import Point
 
 PERIOD_MILLISECONDS: Final = 60_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from tokenfactory.api import names
 from tokenfactory.api.actuators import Actuators
@@ -14,11 +14,8 @@ from tokenfactory.api.quantities import parse_decimal, parse_duration, parse_pow
 from tokenfactory.api.token_factory import ModelSpec
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.power import catalogue
-from tokenfactory.planning.power.learning import Learned, begin, bend, best_by_cap
+from tokenfactory.planning.power.learning import SURE_ENOUGH, Learned, begin, bend, best_by_cap
 from tokenfactory.planning.power.profile import Point, Requirement, hull_of
-
-SURE_ENOUGH: Final = 0.5
-"""Below this confidence nothing that was learned is used."""
 
 
 class Subject(NamedTuple):

@@ -187,7 +187,7 @@ def _choose(ground: Ground, owner: Owner, model: ModelSpec, turn: int) -> Try | 
         state = _state(ground, owner, model, names.class_product(label))
         if given is None or state is None or not _at_rest(ground, domain, label, given.cap):
             continue
-        cap = state.next_try(given.cap, anywhere=True)
+        cap = state.next_try(given.cap, again=True)
         hull = ground.cleared.hulls[label]
         if cap is not None and cap >= hull.milliwatts[hull.floor]:
             return Try(domain, label, cap, ground.world.snapshot.milliseconds)

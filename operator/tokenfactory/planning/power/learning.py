@@ -42,6 +42,8 @@ ABSURD = 1e8
 SLOWER = 0.08
 DOUBT = 0.5
 KNOWN_WEIGHT = 2.0
+# Below this confidence nothing that was learned is planned with.
+SURE_ENOUGH = 0.5
 RECALLED_WEIGHT = 2 * KNOWN_WEIGHT
 
 
@@ -163,14 +165,16 @@ class Learned:
         distance = np.abs(open_caps[:, None] - seen[None, :]).min(axis=1)
         return int(self.caps[open_caps[int(np.argmax(distance))]])
 
-    def next_try(self, present_milliwatts: int, *, anywhere: bool) -> int | None:
+    def next_try(self, present_milliwatts: int, *, again: bool) -> int | None:
         """A cap below the present one that is worth a look, on one group and for one control period; None: there is none.
 
-        One step below the floor where that is safe, else (`anywhere`) where least is known. Only ever lower than what
-        the market gave: nothing about a budget depends on it.
+        One step below the floor where that is safe; `again` also where enough is known already, and where least is.
+        Only ever lower than what the market gave: nothing about a budget depends on it.
         """
+        if not again and self.confidence() >= SURE_ENOUGH:
+            return None  # what is tried makes fewer tokens
         cap = self.next_step_down()
-        if (cap is None or self.knows(cap)) and anywhere:
+        if (cap is None or self.knows(cap)) and again:
             cap = self.least_known(present_milliwatts)
         return cap if cap is not None and cap < present_milliwatts and not self.knows(cap) else None
 

@@ -188,3 +188,32 @@ def test_given_points_are_bent_to_what_was_seen_at_every_load_and_trusted_no_fur
     assert best_by_cap(faster)[-1] == (700_000, 4000.0)
     assert bend((), seen) == tuple(seen)
     assert bend(given, ()) == tuple(given)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.4, 0.9), steep=st.floats(0.5, 2.5))
+def test_a_try_is_below_what_the_market_gives_and_never_below_the_floor(seed, share, steep):
+    """From the top down: what is tried is seen, until there is nothing left to try."""
+    rng = np.random.default_rng(seed)
+    knee, allowed = 450_000, 40.0
+
+    def tokens(cap):
+        return 800.0 * max(1 - steep * max(knee - cap, 0) / knee, 0.05)
+
+    state = fresh(allowed_milliseconds=allowed, start_floor=HIGH)
+    cap, tries = HIGH, 0
+    for _ in range(80):
+        made = tokens(cap)
+        late = allowed * share * 800.0 / made
+        assert late <= allowed, "a floor was crossed"
+        noisy = Observation(cap, made * rng.normal(1, 0.01), 8, late * rng.normal(1, 0.01))
+        state = learn(state, [noisy, noisy], keep=0.999)
+        found = state.next_try(HIGH, again=True)
+        if found is None:
+            break
+        assert LOW <= found < HIGH
+        assert not state.knows(found)
+        cap, tries = found, tries + 1
+    assert found is None
+    assert tries <= 30
+    assert state.next_try(LOW, again=True) is None
