@@ -160,7 +160,15 @@ class Mortal:
         deadline = loop.time() + PATIENCE_SECONDS
         written, since, looked = self.written(), loop.time(), 0.0
         found = None
-        while not begun or found != expected or loop.time() - since < QUIET_SECONDS:
+        while (
+            not begun
+            or found != expected
+            or loop.time() - since < QUIET_SECONDS
+            or self.written() != written
+            or (
+                crash is not None and crash.met
+            )  # it dies, perhaps of a late status, while all is being looked at
+        ):
             await asyncio.sleep(0.25)
             if crash is not None and crash.happened.is_set():
                 await self.revive()
