@@ -111,13 +111,16 @@ def test_a_try_ends_at_once_when_a_limit_falls_a_node_dies_or_people_turn_it_off
         assert not world.memory.tries.running
 
 
-def test_nothing_is_tried_while_a_latency_is_in_danger(at_a_try: SmallWorld):
+@pytest.mark.parametrize("late_microseconds", [70_000, 90_000], ids=["above half of it", "in danger"])
+def test_nothing_is_tried_while_a_latency_comes_near_its_slo(at_a_try: SmallWorld, late_microseconds: int):
     world = at_a_try.fork()
 
     class Slow(Serving):
         def __call__(self, agent: Agent, holding):
             found = super().__call__(agent, holding)
-            return tuple(msgspec.structs.replace(each, inter_token_latency_us=90_000) for each in found)
+            return tuple(
+                msgspec.structs.replace(each, inter_token_latency_us=late_microseconds) for each in found
+            )
 
     slow = Slow(world)
     slow.tokens = dict(world.meters.tokens)
