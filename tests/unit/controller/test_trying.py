@@ -18,7 +18,7 @@ from tokenfactory.controller.plan.trying import MOST_PER_HOUR, Tries
 KNEE = 450_000
 FLOOR_SHARE = 0.5
 """Of the tokens: with fewer, a token takes longer than half of the SLO (see `Serving`: 32 ms at full speed)."""
-LLAMA = model(image=LLAMA_70B, replicas=(2, 2), slo={"interTokenLatency": "128ms"})
+LLAMA = model(image=LLAMA_70B, replicas=(2, 2), slo={"interTokenLatency": "128ms", "timeToFirstToken": "1s"})
 
 
 def exploring(learning: str = "Explore", limit: str = "9kW") -> SmallWorld:
@@ -111,16 +111,18 @@ def test_a_try_ends_at_once_when_a_limit_falls_a_node_dies_or_people_turn_it_off
         assert not world.memory.tries.running
 
 
-@pytest.mark.parametrize("late_microseconds", [70_000, 90_000], ids=["above half of it", "in danger"])
-def test_nothing_is_tried_while_a_latency_comes_near_its_slo(at_a_try: SmallWorld, late_microseconds: int):
+@pytest.mark.parametrize(
+    "late",
+    [{"time_to_first_token_ms": 560}, {"inter_token_latency_us": 90_000}],
+    ids=["first token", "others"],
+)
+def test_nothing_is_tried_while_a_latency_comes_near_its_slo(at_a_try: SmallWorld, late: dict[str, int]):
     world = at_a_try.fork()
 
     class Slow(Serving):
         def __call__(self, agent: Agent, holding):
             found = super().__call__(agent, holding)
-            return tuple(
-                msgspec.structs.replace(each, inter_token_latency_us=late_microseconds) for each in found
-            )
+            return tuple(msgspec.structs.replace(each, **late) for each in found)
 
     slow = Slow(world)
     slow.tokens = dict(world.meters.tokens)
