@@ -1,8 +1,8 @@
 """A shortage beyond what caps should bear: who is drained, who is evicted, and how it comes back."""
 
 import pytest
-from tests.unit.controller.manifests import LLAMA_70B, Manifest, factory, hall, model
-from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.manifests import LLAMA_70B, Manifest, factory, hall, model, profile
+from tests.unit.controller.small_world import H100, SmallWorld
 
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
@@ -117,3 +117,25 @@ def test_where_not_even_the_minimum_fits_the_lowest_band_is_evicted_first(world:
     count = len(gone)
     world.live(120)
     assert len([write for write in world.writes if isinstance(write, act.DeletePod)]) == count
+
+
+def test_under_a_budget_as_many_run_as_it_carries_and_nobody_is_woken_to_be_parked_again():
+    """Sixteen GPUs at 437 W are below the floor of 500 W; twelve have 583 W, as those of the parked one pay nothing."""
+    points = ((64, "300W", "300"), (64, "500W", "900"), (64, "700W", "1000"))
+
+    def chat(budget: str, least: int = 1) -> Manifest:
+        asked = model(image=LLAMA_70B, slo=SLO, replicas=(least, 4))
+        return factory(asked, power={"domain": "hall", "budget": budget})
+
+    world = SmallWorld.of(2, hall("40kW"), profile("llama", H100, *points), chat("20kW", 4))
+    world.settle()
+    world.apply(chat("7kW"))
+    world.live(60)
+    for _ in range(12):
+        world.live(60)
+        assert serving(world) == {"llama": 3}
+    assert status(world).models[0].cap == "583W"
+    assert "the budgets of inference/chat" in status(world).waiting[0].message
+    world.apply(chat("20kW", 4))
+    world.live(900)
+    assert serving(world) == {"llama": 4}

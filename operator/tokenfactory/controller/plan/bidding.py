@@ -36,6 +36,8 @@ class Cleared:
     floors: Mapping[str, PriceFloor]
     """By factory that has an efficiency target."""
     supply: Supply
+    price_floors: Mapping[int, float]
+    """The same, as the market takes them."""
 
 
 def clear(
@@ -75,15 +77,18 @@ def clear(
     lower = bool((lowest_limits < supply.limits).any())
     lowest = supply.settle(by_index, lowest_limits) if lower else settled
     targets = _targets(supply, settled, lowest, hulls)
-    return Cleared(targets, settled, hulls, floors, supply)
+    return Cleared(targets, settled, hulls, floors, supply, by_index)
 
 
-def with_added(cleared: Cleared, gpus: Mapping[tuple[str, str], int]) -> Clearing:
-    """The market as it would be with these GPUs at work instead of idle, by (domain, class)."""
-    clearing = cleared.settled.clearing
+def with_added(cleared: Cleared, gpus: Mapping[tuple[str, str], int]) -> tuple[Supply, Clearing]:
+    """The market as it would be with these GPUs at work instead of idle, by (domain, class).
+
+    Budgets are settled anew: at the prices of those who work now, more of them would spend more than there is.
+    """
+    supply, clearing = cleared.supply, cleared.settled.clearing
     if not gpus:
-        return clearing
-    supply, market = cleared.supply, clearing.market
+        return supply, clearing
+    market = clearing.market
     forest, fleet = supply.forest, market.fleet
     counts = dict(
         zip(
@@ -107,7 +112,10 @@ def with_added(cleared: Cleared, gpus: Mapping[tuple[str, str], int]) -> Clearin
         np.array([number for _, number in pairs], dtype=np.int64),
         np.array([counts[pair] for pair in pairs], dtype=np.int64),
     )
-    return Market(forest, market.order, changed, market.committed).clear(clearing.limits)
+    supply = replace(supply, fleet=changed)
+    if supply.sale.purses:
+        return supply, supply.settle(cleared.price_floors).clearing
+    return supply, Market(forest, market.order, changed, market.committed).clear(clearing.limits)
 
 
 def recut(last: Cleared, usable: Mapping[str, int]) -> dict[str, dict[str, Allowance]]:

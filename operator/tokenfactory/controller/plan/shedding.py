@@ -19,9 +19,9 @@ from tokenfactory.controller.actions import Action, DeletePod, MarkPod
 from tokenfactory.controller.plan.bidding import Cleared, with_added
 from tokenfactory.controller.plan.hulls import find_model
 from tokenfactory.controller.plan.replicating import Staffing
+from tokenfactory.controller.plan.supplying import Supply
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.kube.resources import Key, key_of
-from tokenfactory.planning.power.parking import park
 from tokenfactory.planning.power.steps import (
     Held,
     Patience,
@@ -71,8 +71,10 @@ def shed(
     now = world.snapshot.milliseconds / 1000
     placed = _placed(world)
     drained = _drained(world, staffing, before, placed)
-    clearing = with_added(cleared, {place: _gpus(world, place[1]) * n for place, n in drained.items()})
-    parking = park(clearing)
+    supply, clearing = with_added(
+        cleared, {place: _gpus(world, place[1]) * n for place, n in drained.items()}
+    )
+    parking = supply.park(clearing, cleared.price_floors)
     label = cleared.supply.sale.label
     asleep = {(domain, label(name)): count for (domain, name), count in parking.parked.items()}
     steps = advance(before.steps, needed(clearing, parking), now, patience)
@@ -84,7 +86,7 @@ def shed(
     leaving = _leaving(placed, parked, drained)
     marks = _marks(world, leaving)
     counts = _counts(world, staffing, ceilings, waiting=bool(marks))
-    notes = {slot: _note(slot, staffing, counts, parked, world) for slot in counts}
+    notes = {slot: _note(slot, staffing, counts, parked, world, supply) for slot in counts}
     decisions = {
         slot: replace(decision, replicas=counts[slot], reason="Parked", message=notes[slot])
         if slot in counts
@@ -231,13 +233,15 @@ def _note(
     counts: Mapping[Slot, int],
     parked: Mapping[Place, Held],
     world: World,
+    supply: Supply,
 ) -> str:
-    where = sorted(
-        {domain for (domain, label), held in parked.items() if _slot(world, label) == slot and held.value}
-    )
+    places = [place for place, held in parked.items() if _slot(world, place[1]) == slot and held.value]
+    where = sorted({domain for domain, _ in places})
+    budgets = sorted({budget for domain, label in places for budget in supply.budgets_of(domain, label)})
+    of = f" and the budgets of {', '.join(budgets[:3])}" if budgets else ""
     wanted = staffing.decisions[slot].replicas
     return (
-        f"{counts[slot]} of {wanted} replicas run, the others are parked: the watts in {', '.join(where[:3])} do not "
+        f"{counts[slot]} of {wanted} replicas run, the others are parked: the watts in {', '.join(where[:3])}{of} do not "
         f"keep all of them at their SLO floor or above the cliff"
     )
 

@@ -16,7 +16,8 @@ from tokenfactory.planning.power import budgets
 from tokenfactory.planning.power.forest import Fleet, Forest, muster
 from tokenfactory.planning.power.goods import BoolArray, Goods, IntArray
 from tokenfactory.planning.power.ledger import Ledger
-from tokenfactory.planning.power.parking import caught_on_a_cliff, crossed_whole
+from tokenfactory.planning.power.market import Clearing, Market
+from tokenfactory.planning.power.parking import Parking, caught_on_a_cliff, crossed_whole, park
 from tokenfactory.planning.power.profile import Hull
 from tokenfactory.planning.power.zones import Allotment, Sale, put_on_sale
 
@@ -61,6 +62,31 @@ class Supply:
             if not caught_on_a_cliff(whole.clearing).any():
                 return whole
         return settled
+
+    def budgets_of(self, domain: str, label: str) -> tuple[str, ...]:
+        """Those that a class of GPUs there pays from."""
+        at = self.forest.index.get(domain)
+        number = None if at is None else self.sale.number(at, label)
+        return tuple(purse.name for purse in self.sale.purses if number is not None and purse.members[number])
+
+    def park(self, clearing: Clearing, floors: Mapping[int, float]) -> Parking:
+        """Budgets are settled anew for those who keep running: the GPUs of a parked replica are idle, and pay nothing."""
+        if not self.sale.purses:
+            return park(clearing)
+
+        def again(running: Market) -> Clearing:
+            return budgets.settle(
+                self.forest,
+                self.goods,
+                running.fleet,
+                running.committed,
+                clearing.limits,
+                self.sale.purses,
+                floors,
+                firsts=running.order.firsts,
+            ).clearing
+
+        return park(clearing, again, self.sale.purses)
 
     def _settle(
         self,

@@ -66,6 +66,8 @@ def park(
             other, sleeping = _in_rounds(begun, clearing, found, may_park, clear_again)
             if _made(other) > _made(after):
                 after, parked = other, sleeping
+    if purses and parked.any():
+        after, parked = _given_back(clearing, after, parked, clear_again)
     clearing = after
     names = market.forest.names
     replicas = {
@@ -98,6 +100,29 @@ def _in_rounds(
             break
         parked, clearing = parked + more, after
     return clearing, parked
+
+
+def _given_back(
+    whole: Clearing, after: Clearing, parked: IntArray, clear_again: Callable[[Market], Clearing]
+) -> tuple[Clearing, IntArray]:
+    """What a parked replica no longer takes from a budget may carry others: as many run again as do so uncaught."""
+    classes, fleet = whole.market.order.goods.classes, whole.market.fleet
+    everything = replace(after.market, fleet=fleet, committed=whole.market.committed)
+    for number in np.unique(fleet.class_index[parked > 0]).tolist():
+        mine = np.flatnonzero((fleet.class_index == number) & (parked > 0))
+        size = classes[number].gpus_per_replica
+        asleep = parked[mine] // size
+        least, most = 0, int(asleep.sum())
+        while least < most:
+            middle = (least + most + 1) // 2
+            fewer = parked.copy()
+            fewer[mine] = (asleep - _share_out(middle, asleep)) * size
+            again = clear_again(_running(everything, fewer))
+            if not caught_on_a_cliff(again).any() and _made(again) > _made(after):
+                least, after, parked = middle, again, fewer
+            else:
+                most = middle - 1
+    return after, parked
 
 
 def _searched(clearing: Clearing, may_park: IntArray, purses: Sequence[Purse]) -> tuple[IntArray, BoolArray]:
