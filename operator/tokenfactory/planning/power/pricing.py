@@ -35,8 +35,8 @@ SHORTENINGS = 12
 # As much as if so much of a purse's room were sold evenly at all prices: where nothing tells how spending changes.
 LEAST_SLOPE = 0.01
 # How often the search is begun anew, with so many times more to spare for a purse that was not met.
-TRIES = 4
-MORE_SPARE = 20.0
+TRIES = 6
+MORE_SPARE = 5.0
 
 
 def find_prices(site: Site, before: IntArray | None = None) -> Look:
