@@ -51,9 +51,16 @@ class _Watch:
         held, told = self.cache.get(change.key[1]), change.new or change.old
         return held is not None and told is not None and _version(held) > _version(told)
 
-    def covers(self, change: Change[CapSheet]) -> bool:
+    def knows_better(self, change: Change[CapSheet]) -> bool:
+        """Of a later and complete list: it holds this or something newer, or it has no such sheet, which is news too.
+
+        What it holds of an earlier version may be long outdated: its connection may be broken just now.
+        """
         told = change.new or change.old
-        return told is not None and told.spec.domain in self.branch.domains
+        if not self.cache.is_synced or told is None or told.spec.domain not in self.branch.domains:
+            return False
+        held = self.cache.get(change.key[1])
+        return change.new is None or held is None or _version(held) >= _version(change.new)
 
 
 class LiveSheets:
@@ -116,6 +123,10 @@ class LiveSheets:
         # Also what the new watch has not listed: it was deleted meanwhile.
         kept = {sheet.metadata.name for watch in left for sheet in watch.cache}
         self._book.drop(sheet for sheet in gone.cache if sheet.metadata.name not in kept)
+        # And what was left to it to tell.
+        for sheet in (each for watch in left for each in watch.cache):
+            if sheet.spec.renewal is None and sheet.spec.domain not in self._book.sheets:
+                self._book.take(None, sheet)
 
     async def _announce(self, cache: Cache[CapSheet]) -> None:
         await cache.synced()  # also a tree without any sheet is news: it allows nothing
@@ -123,17 +134,20 @@ class LiveSheets:
 
     def _take(self, watch: _Watch, change: Change[CapSheet]) -> None:
         """Of two watches of a tree the later one's list is the newer: never back behind what either has told."""
-        later = False
+        later, alone = False, True
         for other in self._watches.values():
             if other is watch:
                 later = True
             elif other.branch.tree != watch.branch.tree:
                 continue
-            elif later and other.cache.is_synced and other.covers(change):
+            elif later and other.knows_better(change):
                 return
             elif not later and other.holds_newer(change):
                 return  # this watch will bring it as well
-        self._book.take(change.old, change.new)
+            else:
+                alone = False
+        # What this watch told before may not be what the book holds, if it is not the only one.
+        self._book.take(change.old if alone or change.new is None else None, change.new)
         self._changed()
 
 

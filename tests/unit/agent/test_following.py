@@ -163,3 +163,38 @@ async def test_a_path_that_was_given_up_before_it_was_listed_leaves_nothing_behi
     await asyncio.sleep(0)
     assert [watch.ended for watch in HeldCache.made] == [False, True]
     assert epochs(sheets) == {"site": 1}
+
+
+async def test_a_cut_that_only_the_old_watch_hears_is_obeyed(sheets):
+    """The new one has its list, but another tree of the new paths has none yet, and its connection breaks."""
+    sheets.follow(frozenset({HERE}))
+    old = HeldCache.made[0]
+    old.list(sheet("site", 5, 10), sheet("rack-1", 5, 11), renewal(1, 12))
+    moving = frozenset({HERE, THERE, ("other",)})
+    sheets.follow(moving)
+    new = next(watch for watch in HeldCache.made if "rack-2" in watch.selector)
+    new.list(sheet("site", 5, 10), sheet("rack-1", 5, 11), sheet("rack-2", 5, 13), renewal(1, 12))
+    sheets.follow(moving)
+    assert not old.ended
+    old.bring(sheet("site", 6, 20), renewal(2, 21))
+    assert epochs(sheets) == {"site": 6, "rack-1": 5, "rack-2": 5}
+    assert sheets.renewals == {"site": 2}
+    old.bring(sheet("site", 6, 20))
+    sheets.follow(frozenset({HERE}))
+    assert epochs(sheets) == {"site": 6, "rack-1": 5}
+    new.bring(sheet("site", 6, 20))
+    assert epochs(sheets)["site"] == 6
+
+
+async def test_what_was_left_to_a_watch_that_ends_is_told_by_the_one_that_stays(sheets):
+    """A sheet that was written anew while the later watch, whose list had no such sheet, was cut off."""
+    sheets.follow(frozenset({HERE}))
+    old = HeldCache.made[0]
+    old.list(sheet("site", 5, 10))
+    sheets.follow(frozenset({HERE, THERE, ("other",)}))
+    new = next(watch for watch in HeldCache.made if "rack-2" in watch.selector)
+    new.list(sheet("site", 5, 10))
+    old.bring(sheet("rack-1", 9, 30))
+    assert epochs(sheets) == {"site": 5}
+    sheets.follow(frozenset({HERE}))
+    assert epochs(sheets) == {"site": 5, "rack-1": 9}
