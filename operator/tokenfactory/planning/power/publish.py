@@ -35,11 +35,21 @@ class SheetPlan:
 
 
 def plan_cuts(ledger: Ledger, targets: Targets) -> tuple[SheetWrite, ...]:
-    """The cuts alone, from the sheets and the targets: what an emergency needs, without a look at the nodes."""
+    """The cuts alone, from the sheets and the targets: what an emergency needs, without a look at the nodes.
+
+    A fallback only falls here: that it fits every window of a timetable was made sure of by a whole plan.
+    """
     writes = []
     for domain, target in targets.items():
         sheet = ledger.sheets.get(domain)
-        if sheet is not None and (lower := cut(sheet.spec, target)) != allowances_of(sheet.spec):
+        if sheet is None:
+            continue
+        present = allowances_of(sheet.spec)
+        lower = {
+            name: Allowance(each.cap, min(each.fallback, present[name].fallback))
+            for name, each in cut(sheet.spec, target).items()
+        }
+        if lower != present:
             spec = successor(
                 sheet.spec,
                 lower,

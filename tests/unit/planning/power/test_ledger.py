@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from tests.unit.planning.power.builders import W, a_domain, a_leadership, a_node, a_sheet, a_target
 
@@ -11,6 +12,7 @@ from tokenfactory.planning.power.lines import NodeFacts
 from tokenfactory.planning.power.publish import plan_claims, plan_cuts, plan_sheets
 
 CHAT = "inference/chat/llama@H100"
+OTHER = "inference/chat/qwen@H100"
 
 
 def look(nodes, *, limit=10_000, sheets=(), facts=None, leadership=None, domains=None) -> Ledger:
@@ -114,6 +116,19 @@ def test_a_cut_is_published_without_a_look_at_any_node() -> None:
     assert write.spec.epoch == 2
     assert [cap.cap for cap in write.spec.caps] == [300 * W]
     assert [cap.cap for entry in write.spec.earlier for cap in entry.caps] == [500 * W]
+
+
+def test_a_cut_by_itself_raises_no_fallback() -> None:
+    """It looks at the limits of the moment; what was in the sheet fitted every window of a timetable."""
+    sheet = a_sheet("hall").caps({CHAT: 600, OTHER: 200}).obj()
+    caps = tuple(msgspec.structs.replace(cap, fallback=min(cap.cap, 250 * W)) for cap in sheet.spec.caps)
+    sheet = msgspec.structs.replace(sheet, spec=msgspec.structs.replace(sheet.spec, caps=caps))
+    target = {CHAT: Allowance(550 * W, 450 * W), OTHER: Allowance(200 * W, 100 * W)}
+    (write,) = plan_cuts(look([], sheets=[sheet]), {"hall": target})
+    assert {cap.class_name: (cap.cap, cap.fallback) for cap in write.spec.caps} == {
+        CHAT: (550 * W, 250 * W),
+        OTHER: (200 * W, 100 * W),
+    }
 
 
 def two_nodes(*, acked: int):
