@@ -29,7 +29,7 @@ _FORGOTTEN_MILLISECONDS: Final = 600_000
 
 def whose(meta: ObjectMeta, factory: str, uid: str) -> Whose:
     """Of the factory of that name and uid, in the same namespace."""
-    if any(owner.uid == uid for owner in meta.owner_references):
+    if any(owner.uid == uid and owner.controller for owner in meta.owner_references):
         return "Ours"
     model = meta.labels.get(names.MODEL_LABEL, "")
     named = meta.name in {workload_called(factory, model), group_called(factory, model)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.unit.controller.manifests import Manifest, factory, model
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import OPTIONS, SmallWorld
 from tests.unit.controller.test_elsewhere import site
 
@@ -375,3 +375,17 @@ def test_a_cache_is_at_hand_where_it_can_be_restored(product: str, claim_name: s
     assert seen.replicas
     found = AtHand(seen, seen.replicas).on(seen.hosts["n0"])
     assert found == (loads(seen.replicas[0]) - {"nvcr.io/nim/meta/llama:1.8.0"} if there else frozenset())
+
+
+@pytest.mark.parametrize("resource", ["cpu", "memory"])
+def test_a_strangers_pod_that_asks_for_more_than_there_can_be_hinders_nobody(resource: str):
+    world = SmallWorld.of(3, hall("60kW"), factory(model(gpus=8, replicas=(1, 1))))
+    offer(world, cpu="64", memory="512Gi")
+    world.settle()
+    requests = {resource: "9223372036854775807"}
+    for number in range(20):
+        spec = {"nodeName": "n2", "containers": [{"name": "c", "resources": {"requests": requests}}]}
+        world.put(a_pod(f"greedy-{number}", spec))
+    world.apply(factory(model(gpus=8, replicas=(2, 2))))
+    world.live(60)
+    assert len(ours(world)) == 2

@@ -194,7 +194,13 @@ CONTROLLED = OwnerReference(kind="Other", name="x", uid="x", controller=True)
     ("name", "labels", "owners", "verdict"),
     [
         ("chat-llama", OURS, (OwnerReference(uid="me", controller=True),), "Ours"),
-        ("anything", {}, (OwnerReference(uid="me"),), "Ours"),
+        ("anything", {}, (OwnerReference(uid="me", controller=True),), "Ours"),
+        (
+            "anything",
+            {},
+            (OwnerReference(uid="me"),),
+            "Others",
+        ),  # so that a person's own is collected with ours
         ("chat-llama", OURS, (), "Left"),
         ("chat-llama", OURS, (OwnerReference(kind="Other", uid="x"),), "Left"),
         ("chat-llama-group", OURS, (), "Left"),

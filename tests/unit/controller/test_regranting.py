@@ -1,5 +1,7 @@
 """Replicas that run without a grant: their GPUNode was deleted under them, or their factory went and came back."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from tests.unit.controller.manifests import Manifest, factory, hall, model
@@ -9,6 +11,7 @@ from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.objects import Deployment
+from tokenfactory.controller.snapshot import Snapshot
 from tokenfactory.kube.objects import Pod
 
 
@@ -175,3 +178,50 @@ def test_a_gpunode_that_is_deleted_with_a_dead_agent_is_a_lost_node_like_any_oth
     if agent == "dies":
         charge = world.plan().books.ledger.node_charge(name)
         assert charge >= 8 * 700_000, "nobody knows what it draws"
+
+
+def test_nothing_that_serves_is_deleted_because_its_gpunode_cannot_be_read():
+    """After a start the caches hold nothing of an object that does not fit our types: of an agent of another release."""
+    world, _ = site()
+    serving = {pod.metadata.uid for pod in world.ready_pods()}
+    hidden = {pod.spec.node_name for pod in world.ready_pods()}
+    whole = world.snapshot
+
+    def half() -> Snapshot:
+        seen = whole()
+        nodes = {key: node for key, node in seen.gpu_nodes.items() if key[1] not in hidden}
+        return replace(
+            seen, gpu_nodes=nodes, undecodable={("GPUNode", ("", name)): "no such mode" for name in hidden}
+        )
+
+    world.snapshot = half
+    world.crash()
+    world.live(200)
+    assert {pod.metadata.uid for pod in world.ready_pods()} == serving
+
+
+def test_replacements_of_a_silent_node_do_not_wait_for_what_is_loose_on_it():
+    """Its GPUNode was deleted as well: what is left there is neither charged anew nor deleted before its turn."""
+    few = {"maxConcurrent": 1}
+    world = SmallWorld.of(4, hall("60kW"), factory(model(gpus=1, replicas=(16, 16)), recovery=few))
+    world.settle()
+    dead = world.ready_pods()[0].spec.node_name
+    assert sum(pod.spec.node_name == dead for pod in world.ready_pods()) >= 3
+    world.agents[dead].alive = False
+    forget(world, dead)
+    world.live(300)
+    assert sum(pod.spec.node_name != dead for pod in world.ready_pods()) == 16
+
+
+def test_the_patience_with_a_gpunode_begins_when_it_is_there():
+    """Thousands of them are made anew one after the other, and that may take longer than an agent to report."""
+    world, name = site()
+    serving = {pod.metadata.uid for pod in world.ready_pods()}
+    forget(world, name)
+    take = world.take
+    world.take = lambda action: None if isinstance(action, act.ChargeNode) else take(action)
+    world.live(100)
+    world.take = take
+    world.live(60)
+    assert {pod.metadata.uid for pod in world.ready_pods()} == serving
+    assert not loose(world)

@@ -13,7 +13,7 @@ from typing import Final
 from tokenfactory.api import names
 from tokenfactory.controller.plan.world import World, has_finished
 from tokenfactory.kube.objects import Container, InitContainer, Pod, PodSpec
-from tokenfactory.planning.placement.amounts import parse_amount
+from tokenfactory.planning.placement.amounts import at_most, parse_amount
 
 Amounts = Mapping[str, int]
 Known = Mapping[str, tuple[PodSpec, Amounts]]
@@ -62,7 +62,7 @@ def left_over(world: World, standing: Iterable[tuple[Pod, str]], known: Known) -
             continue
         for resource, amount in known[pod.metadata.uid or ""][1].items():
             if resource in here:
-                here[resource] -= amount
+                here[resource] = at_most(here[resource] - amount)
     return left
 
 
@@ -90,7 +90,7 @@ def asked(spec: PodSpec) -> Amounts:
     for resource, amount in spec.overhead.items():
         together[resource] = together.get(resource, 0) + parse_amount(resource, amount)
     together.pop(names.GPU_RESOURCE, None)
-    return {PODS: 1, **{resource: amount for resource, amount in together.items() if amount > 0}}
+    return {PODS: 1, **{resource: at_most(amount) for resource, amount in together.items() if amount > 0}}
 
 
 def _add(total: dict[str, int], container: Container | InitContainer) -> None:

@@ -40,18 +40,22 @@ class Regranted:
     spent: Spending
     """Both with these grants."""
     since: Mapping[str, int] = field(default_factory=dict)
-    """Pod UID → when it was first seen without a grant. May be lost at the cost of as long again."""
+    """Pod UID → since when there is a GPUNode that could have its grant. May be lost at the cost of as long again."""
     waiting: tuple[Unplaced, ...] = ()
     actions: tuple[Action, ...] = ()
     charges: Mapping[Owner, int] = field(default_factory=dict)
     """What they may draw and no grant accounts for, in milliwatts."""
+    busy: frozenset[str] = frozenset()
+    """Factories, by UID, of which something waits here on a node that is heard."""
 
     def first(self, wishes: Iterable[Wish]) -> tuple[list[Wish], list[Unplaced]]:
-        """A factory gets nothing new while nobody can say what it has."""
-        busy = {each.replica.factory.metadata.uid for each in self.waiting}
+        """A factory gets nothing new while nobody can say what it has.
+
+        What is on a silent node is not waited for: it is what the new ones replace, and the domain bears its charge.
+        """
         fits, waits = [], []
         for wish in wishes:
-            if wish.replica.factory.metadata.uid in busy:
+            if wish.replica.factory.metadata.uid in self.busy:
                 why = "replicas of its factory run without a charge of their own, and these come first"
                 waits.append(Unplaced(wish.replica, "WaitingForWatts", why))
             else:
@@ -74,6 +78,7 @@ def regrant(
     waiting: list[Unplaced] = []
     actions: list[Action] = []
     charges: dict[Owner, int] = {}
+    busy: set[str] = set()
     for replica, host in _loose(world):
         if all(grant.uid != replica.uid for grant in host.grants):
             owner = (
@@ -90,12 +95,16 @@ def regrant(
             ledger = after
             granted.setdefault(host.name, []).append(replica)
             continue
-        since[replica.uid] = before.get(replica.uid, now)
+        if not world.cut_off(host):
+            busy.add(replica.factory.metadata.uid or "")
+        # A GPUNode that is not there, or cannot be read, keeps a grant away through no fault of the replica.
+        known = host.held is not None and not world.snapshot.unreadable
+        since[replica.uid] = before.get(replica.uid, now) if known else now
         told = f"it runs on {host.name} without a charge of its own: {'; '.join(why)}"
         waiting.append(Unplaced(replica, "Uncharged", told))
         if now - since[replica.uid] >= PATIENCE_MILLISECONDS and not world.cut_off(host):
             actions.append(DeletePod(replica.pod, f"{told}; it starts again elsewhere"[:1024]))
-    return Regranted(granted, ledger, spent, since, tuple(waiting), tuple(actions), charges)
+    return Regranted(granted, ledger, spent, since, tuple(waiting), tuple(actions), charges, frozenset(busy))
 
 
 def _loose(world: World) -> list[tuple[Replica, GpuHost]]:

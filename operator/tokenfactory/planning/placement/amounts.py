@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Final
 
 CPU: Final = "cpu"
+MOST: Final = 1 << 56
+"""More than any node has. What people write may be more than whole numbers of a machine hold, so no amount is."""
 _BYTES: Final = ("memory", "ephemeral-storage", "hugepages-")
 _BINARY: Final = {unit: 1 << 10 * power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), 1)}
 _DECIMAL: Final = {unit: Fraction(10) ** (3 * power) for power, unit in enumerate("num kMGTPE", -3)}
@@ -27,7 +29,11 @@ def parse_amount(resource: str, text: str) -> int:
         return 0
     unit = found[2] or " "
     exact = number * (_BINARY[unit] if unit in _BINARY else _DECIMAL[unit]) * (1000 if resource == CPU else 1)
-    return -(-exact.numerator // exact.denominator)
+    return at_most(-(-exact.numerator // exact.denominator))
+
+
+def at_most(amount: int) -> int:
+    return max(-MOST, min(amount, MOST))
 
 
 def format_amount(resource: str, amount: int) -> str:
