@@ -20,10 +20,12 @@ from tokenfactory.planning.power.forest import Fleet
 from tokenfactory.planning.power.goods import BoolArray, Goods, IntArray, PowerClass, firsts_first
 from tokenfactory.planning.power.market import Clearing, Market
 from tokenfactory.planning.power.purses import Purse
-from tokenfactory.planning.power.whole import best_whole, grouped, site_of
+from tokenfactory.planning.power.whole import Effort, best_whole, grouped, site_of
 
 # Watts left over by one round of parking can ask for another; by then they are less than a replica's.
 ROUNDS = 8
+# How often the budgets are settled anew, at most, to see who of the parked may run again.
+GIVING_BACK = 32
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,21 @@ def _in_rounds(
 def _given_back(
     whole: Clearing, after: Clearing, parked: IntArray, clear_again: Callable[[Market], Clearing]
 ) -> tuple[Clearing, IntArray]:
-    """What a parked replica no longer takes from a budget may carry others: as many run again as do so uncaught."""
+    """What a parked replica no longer takes from a budget may carry others: as many run again as do so uncaught.
+
+    Classes of which most are parked come first; where there are very many, the last may wait for their own watts.
+    """
     classes, fleet = whole.market.order.goods.classes, whole.market.fleet
     everything = replace(after.market, fleet=fleet, committed=whole.market.committed)
-    for number in np.unique(fleet.class_index[parked > 0]).tolist():
+    tries = GIVING_BACK
+    parked_of = np.bincount(fleet.class_index, parked, len(classes))
+    for number in np.argsort(-parked_of, kind="stable")[: np.count_nonzero(parked_of)].tolist():
         mine = np.flatnonzero((fleet.class_index == number) & (parked > 0))
         size = classes[number].gpus_per_replica
         asleep = parked[mine] // size
         least, most = 0, int(asleep.sum())
-        while least < most:
+        while least < most and tries > 0:
+            tries -= 1
             middle = (least + most + 1) // 2
             fewer = parked.copy()
             fewer[mine] = (asleep - _share_out(middle, asleep)) * size
@@ -133,12 +141,13 @@ def _searched(clearing: Clearing, may_park: IntArray, purses: Sequence[Purse]) -
     parked = np.zeros(fleet.gpus.size, dtype=np.int64)
     decided = np.zeros(fleet.gpus.size, dtype=np.bool_)
     spare = may_park.copy()
+    effort = Effort()
     for group in grouped(clearing, purses):
         pairs = np.concatenate([mine for _, mine in group])
         if not caught[pairs].any():
             decided[pairs] = True  # all of them run
             continue
-        site = site_of(clearing, group, parkable, purses)
+        site = site_of(clearing, group, parkable, purses, effort)
         standing: dict[int, int] = {}
         for lot in site.lots:
             standing[lot.class_index] = standing.get(lot.class_index, 0) + lot.count

@@ -26,6 +26,8 @@ from tokenfactory.planning.power.purses import Purse
 MOST_PAIRS = 128
 # Branches looked at for one site and stage. The best plan found so far is kept.
 MOST_LOOKS = 2400
+# And all branches of all sites and stages together: a plan that comes too late is worth nothing.
+MOST_EFFORT = 2_000_000
 # A branch that promises less than this much more is not looked into.
 WORTH_LOOKING = 5e-4
 # How often the prices of purses are bettered for the first branch, and for each later one from those of the one before.
@@ -76,6 +78,13 @@ class _Promise:
 
 
 @dataclass
+class Effort:
+    """What all searches of one plan may still cost together, in pieces bought on trial: the best found by then is kept."""
+
+    left: int = MOST_EFFORT
+
+
+@dataclass
 class Site:
     """What is searched together: rooms by position (purses: -1 and below), lots, and pieces in the order of buying."""
 
@@ -83,6 +92,7 @@ class Site:
     lots: list[_Lot] = field(default_factory=list)
     pieces: list[_Piece] = field(default_factory=list)
     stages: int = 1
+    effort: Effort = field(default_factory=Effort)
 
     @cached_property
     def purses(self) -> int:
@@ -102,6 +112,7 @@ class Site:
         self, least: Sequence[int], most: Sequence[int], prices: Prices = ()
     ) -> tuple[list[float], list[float]] | None:
         """Value by stage and replicas that run, if between `least` and `most` of each lot do; None: do not fit."""
+        self.effort.left -= len(self.pieces)
         room = self._left(least)
         if room is None:
             return None
@@ -119,6 +130,7 @@ class Site:
         """No plan makes more in this stage, if stages before it buy in order; with the replicas that would run, and what
         each purse would have left.
         """
+        self.effort.left -= len(self.pieces)
         room = self._left(least)
         if room is None:
             return None
@@ -207,7 +219,7 @@ def _search(
         return best
     queue = [(-first.value, 0, tuple(least), tuple(most), first)]
     looks = 0
-    while queue and looks < MOST_LOOKS:
+    while queue and looks < MOST_LOOKS and site.effort.left > 0:
         _, _, low, high, promise = heapq.heappop(queue)
         if promise.value <= reached * (1 + WORTH_LOOKING):
             break
@@ -326,6 +338,7 @@ def site_of(
     group: Sequence[Part],
     parkable: BoolArray,
     purses: Sequence[Purse] = (),
+    effort: Effort | None = None,
 ) -> Site:
     """The pairs below some domains, each with what its parents leave it now as its room.
 
@@ -354,7 +367,7 @@ def site_of(
         more = clearing.caps[elsewhere] - goods.minimum[fleet.class_index[elsewhere]]
         spent = int((fleet.gpus[elsewhere] * more).sum())
         room[-1 - number] = float(max(purse.milliwatts - least - spent, 0))
-    site = Site(room, stages=goods.stages)
+    site = Site(room, stages=goods.stages, effort=effort or Effort())
     cells: list[tuple[int, _Piece]] = []
     on_sale = _on_sale(order, at_any_price=bool(purses))
     for pair in pairs.tolist():
