@@ -37,6 +37,8 @@ LEAST_SLOPE = 0.01
 # How often the search is begun anew, with so many times more to spare for a purse that was not met.
 TRIES = 6
 MORE_SPARE = 5.0
+# Clearings that all of it may take: a plan that comes too late is worth nothing.
+MOST_CLEARINGS = 1000
 
 
 def find_prices(site: Site, before: IntArray | None = None) -> Look:
@@ -48,6 +50,8 @@ def find_prices(site: Site, before: IntArray | None = None) -> Look:
         over = look.spent > budgets
         if not over.any():
             return look
+        if site.clearings >= MOST_CLEARINGS:
+            break
         spare[over & (look.prices != 0).any(axis=1)] *= MORE_SPARE
         look = _letter_by_letter(site, budgets - spare, before)
     # Should no search have come to an end, a purse buys nothing rather than too much. What it leaves may overdraw
@@ -134,7 +138,7 @@ class _Search:
         look, over = self._look(at, edge)
         least_slope = LEAST_SLOPE
         for _ in range(most):
-            if self._met(at, over, slack):
+            if self._met(at, over, slack) or self._site.clearings >= MOST_CLEARINGS:
                 break
             step = self._step(at, look, over, reach, least_slope)
             there, after, gained, left = at, over, 0.0, 0.0
@@ -142,7 +146,7 @@ class _Search:
                 there = self._within(at + step)
                 look, after = self._look(there, edge)
                 gained, left = float(over @ (there - at)), float(after @ (there - at))
-                if left >= -gained / 2:
+                if left >= -gained / 2 or gained <= 0:
                     break
                 step *= min(max(gained / (gained - left), 0.1), 0.5)
                 reach, least_slope = float(np.abs(step).max()), LEAST_SLOPE
@@ -157,6 +161,8 @@ class _Search:
         self, at: FloatArray, look: Look, over: FloatArray, reach: float, least_slope: float
     ) -> FloatArray:
         slopes = self._site.slopes(look)[np.ix_(self.who, self.who)] * self._unit
+        # Nobody spends more at a higher price: a slope below nothing is rounding.
+        np.fill_diagonal(slopes, np.maximum(np.diag(slopes), 0.0))
         slopes += np.diag(np.maximum(least_slope * self._room, 1.0))
         moving = np.flatnonzero(self._moving(at, over))
         step = np.zeros(at.size)
