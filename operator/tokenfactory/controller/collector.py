@@ -80,11 +80,26 @@ class CheckpointCollector:
     async def _record(self, saved: Saved, pod: Pod, factory: TokenFactory, model: ModelSpec) -> bool:
         short = saved.digest.removeprefix("sha256:")[:16]
         key = (factory.metadata.namespace or "", f"{factory.metadata.name}-{model.name}-{short}")
-        if key in self._observer.stores[Checkpoint].snapshot():
+        held = self._observer.stores[Checkpoint].snapshot().get(key)
+        if held is None:
+            answer = await self._writer.apply(
+                Checkpoint, key, {"spec": self._spec(saved, pod, factory, model)}, owners=(_owner(factory),)
+            )
+            if not isinstance(answer, Written):
+                return False
+            held = answer.object
+        elif held.status.phase:
             return True
+        # Also of one that an operator recorded that died before it said so: nothing is restored from it until then.
+        now = rfc3339(datetime.now(UTC))
+        await self._writer.status(held, CheckpointStatus(phase="Ready", captured_at=now))
+        log.info("checkpoint recorded", extra={"checkpoint": key[1], "bytes": saved.size_bytes})
+        return True
+
+    def _spec(self, saved: Saved, pod: Pod, factory: TokenFactory, model: ModelSpec) -> CheckpointSpec:
         host = self._observer.gpu_nodes.get(pod.spec.node_name)
         gpus = host.status.gpus if host else ()
-        spec = CheckpointSpec(
+        return CheckpointSpec(
             factory=factory.metadata.name,
             model=model.name,
             strategy=model.checkpoint.strategy,
@@ -97,19 +112,15 @@ class CheckpointCollector:
             digest=saved.digest,
             size_bytes=saved.size_bytes,
         )
-        owner = OwnerReference(
-            api_version=factory.api_version,
-            kind=TokenFactory.KIND,
-            name=factory.metadata.name,
-            uid=factory.metadata.uid or "",
-        )
-        answer = await self._writer.apply(Checkpoint, key, {"spec": spec}, owners=(owner,))
-        if not isinstance(answer, Written):
-            return False
-        now = rfc3339(datetime.now(UTC))
-        await self._writer.status(answer.object, CheckpointStatus(phase="Ready", captured_at=now))
-        log.info("checkpoint recorded", extra={"checkpoint": key[1], "bytes": saved.size_bytes})
-        return True
+
+
+def _owner(factory: TokenFactory) -> OwnerReference:
+    return OwnerReference(
+        api_version=factory.api_version,
+        kind=TokenFactory.KIND,
+        name=factory.metadata.name,
+        uid=factory.metadata.uid or "",
+    )
 
 
 def _model(factory: TokenFactory | None, pod: Pod) -> ModelSpec | None:
