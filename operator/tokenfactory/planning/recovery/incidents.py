@@ -80,7 +80,11 @@ def step(recorded: Sequence[Incident], situation: Situation, policy: Recovery) -
     for position, incident in enumerate(recorded):
         advanced.append(_advance(incident, situation, (*advanced, *recorded[position + 1 :])))
     known = {incident.id for incident in advanced}
-    opened = [_open(lost, situation.now) for lost in situation.lost if _identity(lost) not in known]
+    opened = [
+        _open(lost, situation.now)
+        for lost in situation.lost
+        if _identity(lost) not in known and not _was_leaving(lost, situation)
+    ]
     storm = _storm(situation)
     incidents = _trim(advanced + opened)
     if storm:
@@ -96,6 +100,12 @@ def step(recorded: Sequence[Incident], situation: Situation, policy: Recovery) -
         if any(_identity(lost) == incident.id for lost in situation.lost):
             delete.append(incident.pod)
     return Verdict(incidents=incidents, delete=tuple(delete))
+
+
+def _was_leaving(lost: LostReplica, situation: Situation) -> bool:
+    """Nobody misses what somebody had deleted already: with its factory, say, of whose name there is a new one."""
+    replica = situation.replicas.get(lost.pod)
+    return replica is not None and replica.terminating
 
 
 def _identity(lost: LostReplica) -> str:

@@ -38,6 +38,10 @@ def test_nothing_is_deleted_before_the_incident_is_recorded():
     assert second.delete == ("chat-a",)
 
 
+def test_what_was_leaving_anyway_is_no_loss():
+    assert step((), situation(facts(terminating=True), lost_replicas=[lost()]), POLICY).incidents == ()
+
+
 def test_it_is_seen_through_to_tokens_flowing():
     incidents = step((), situation(facts(), lost_replicas=[lost()]), POLICY).incidents
     story = [
