@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -20,6 +21,11 @@ from tokenfactory.planning.power.market import Clearing, Market
 from tokenfactory.planning.power.parking import Parking, caught_on_a_cliff, crossed_whole, park
 from tokenfactory.planning.power.profile import Hull
 from tokenfactory.planning.power.zones import Allotment, Sale, put_on_sale
+
+# Settling budgets clears the market many times over, and a site that stands still asks the same at every look. As many
+# questions are remembered as one look asks of a site with a timetable, a shortage and a target or two.
+SETTLED_KEPT = 16
+PARKED_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,8 @@ class Supply:
         self, floors: Mapping[int, float] | None = None, limits: IntArray | None = None
     ) -> budgets.Settled:
         """Whoever runs first gets over its cliff, if that carries all who run: who was parked made room for it."""
-        settled = self._settle(floors, limits)
-        if caught_on_a_cliff(settled.clearing).any():
-            whole = self._settle(floors, limits, crossed_whole(self.goods))
-            if not caught_on_a_cliff(whole.clearing).any():
-                return whole
-        return settled
+        question = self._question(floors or {}, self.limits if limits is None else limits)
+        return _settled(question) if self.sale.purses else _settle(question)
 
     def budgets_of(self, domain: str, label: str) -> tuple[str, ...]:
         """Those that a class of GPUs there pays from."""
@@ -71,39 +73,70 @@ class Supply:
 
     def park(self, clearing: Clearing, floors: Mapping[int, float]) -> Parking:
         """Budgets are settled anew for those who keep running: the GPUs of a parked replica are idle, and pay nothing."""
-        if not self.sale.purses:
-            return park(clearing)
+        return (
+            _parked(self._question(floors, clearing.limits, clearing)) if self.sale.purses else park(clearing)
+        )
 
-        def again(running: Market) -> Clearing:
-            return budgets.settle(
-                self.forest,
-                self.goods,
-                running.fleet,
-                running.committed,
-                clearing.limits,
-                self.sale.purses,
-                floors,
-                firsts=running.order.firsts,
-            ).clearing
+    def _question(
+        self, floors: Mapping[int, float], limits: IntArray, clearing: Clearing | None = None
+    ) -> _Question:
+        said = (self._said, tuple(sorted(floors.items())), limits.tobytes(), id(clearing))
+        return _Question(said, self, floors, limits, clearing)
 
-        return park(clearing, again, self.sale.purses)
+    @cached_property
+    def _said(self) -> tuple[object, ...]:
+        """All that a settlement looks at, in values that can be compared; the limits come with the question."""
+        forest, fleet = self.forest, self.fleet
+        arrays = (forest.parent, fleet.domain, fleet.class_index, fleet.gpus, self.committed)
+        purses = tuple((each.name, each.members.tobytes(), each.milliwatts) for each in self.sale.purses)
+        return (forest.names, self.goods.classes, purses, *(array.tobytes() for array in arrays))
 
-    def _settle(
-        self,
-        floors: Mapping[int, float] | None,
-        limits: IntArray | None,
-        firsts: BoolArray | None = None,
-    ) -> budgets.Settled:
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of the market: the same as another that says the same, however often it was put together."""
+
+    said: tuple[object, ...]
+    supply: Supply = field(compare=False)
+    floors: Mapping[int, float] = field(compare=False)
+    limits: IntArray = field(compare=False)
+    clearing: Clearing | None = field(compare=False)
+    """Said by its identity: as long as the question is remembered, no other clearing can have it."""
+
+    def settle(self, firsts: BoolArray | None = None, running: Market | None = None) -> budgets.Settled:
+        supply = self.supply
         return budgets.settle(
-            self.forest,
-            self.goods,
-            self.fleet,
-            self.committed,
-            self.limits if limits is None else limits,
-            self.sale.purses,
-            floors,
+            supply.forest,
+            supply.goods,
+            running.fleet if running else supply.fleet,
+            running.committed if running else supply.committed,
+            self.limits,
+            supply.sale.purses,
+            self.floors,
             firsts=firsts,
         )
+
+
+def _settle(question: _Question) -> budgets.Settled:
+    settled = question.settle()
+    if caught_on_a_cliff(settled.clearing).any():
+        whole = question.settle(crossed_whole(question.supply.goods))
+        if not caught_on_a_cliff(whole.clearing).any():
+            return whole
+    return settled
+
+
+_settled = lru_cache(maxsize=SETTLED_KEPT)(_settle)
+
+
+@lru_cache(maxsize=PARKED_KEPT)
+def _parked(question: _Question) -> Parking:
+    assert question.clearing is not None
+
+    def again(running: Market) -> Clearing:
+        return question.settle(running.order.firsts, running).clearing
+
+    return park(question.clearing, again, question.supply.sale.purses)
 
 
 @dataclass(frozen=True)
