@@ -34,8 +34,8 @@ class SteadyFilter:
 @dataclass(frozen=True)
 class RoomFilter:
     reason: str
-    concerns: Callable[[PodRequest], bool]
-    """Whether the pod asks for what it looks at: most do not spread, and this is asked very often."""
+    concerns: Callable[[Room, Shape], bool]
+    """Whether what it looks at can ever stop such a pod: most do not spread. Asked once per shape."""
     passes: Callable[[Room, Shape], BoolArray]
     explain: Callable[[Room, Shape, BoolArray], Texts]
 
@@ -160,9 +160,10 @@ def _why_no_gpus(_room: Room, shape: Shape, blocked: BoolArray) -> Texts:
 
 
 def _free_resources(room: Room, shape: Shape) -> BoolArray:
-    mask = np.ones(room.fleet.count, dtype=np.bool_)
-    for name, amount in shape.pod.resources.items():
-        mask &= room.free(name) >= amount
+    masks = [room.free(name) >= amount for name, amount in shape.pod.resources.items()]
+    mask = masks[0] if masks else np.ones(room.fleet.count, dtype=np.bool_)
+    for other in masks[1:]:
+        mask &= other
     return mask
 
 
@@ -255,12 +256,22 @@ STEADY: tuple[SteadyFilter, ...] = (
     SteadyFilter("ProductCannotServe", _served, _why_not_served),
 )
 ROOM: tuple[RoomFilter, ...] = (
-    RoomFilter("InsufficientGPUs", lambda _: True, _free_gpus, _why_no_gpus),
-    RoomFilter("InsufficientResources", lambda pod: bool(pod.resources), _free_resources, _why_no_resources),
-    RoomFilter("SpreadNotPossible", lambda pod: bool(pod.spread), _spread, _why_not_spread),
-    RoomFilter("PodAffinity", lambda pod: bool(pod.near), _near, _why_not_near),
-    RoomFilter("PodAntiAffinity", lambda pod: bool(pod.apart or pod.marks), _apart, _why_not_apart),
-    RoomFilter("InsufficientPower", lambda _: True, _power, _why_no_power),
+    RoomFilter("InsufficientGPUs", lambda *_: True, _free_gpus, _why_no_gpus),
+    RoomFilter(
+        "InsufficientResources",
+        lambda _, shape: bool(shape.pod.resources),
+        _free_resources,
+        _why_no_resources,
+    ),
+    RoomFilter("SpreadNotPossible", lambda _, shape: bool(shape.pod.spread), _spread, _why_not_spread),
+    RoomFilter("PodAffinity", lambda _, shape: bool(shape.pod.near), _near, _why_not_near),
+    RoomFilter(
+        "PodAntiAffinity",
+        lambda room, shape: room.neighbours.may_refuse(shape),
+        _apart,
+        _why_not_apart,
+    ),
+    RoomFilter("InsufficientPower", lambda *_: True, _power, _why_no_power),
 )
 
 
@@ -272,10 +283,11 @@ def allowed(fleet: Fleet, pod: PodRequest) -> BoolArray:
 
 
 def fits(room: Room, shape: Shape) -> BoolArray:
+    if shape not in room.concerning:
+        room.concerning[shape] = tuple(each.passes for each in ROOM if each.concerns(room, shape))
     mask = shape.allowed.copy()
-    for each in ROOM:
-        if each.concerns(shape.pod):
-            mask &= each.passes(room, shape)
+    for passes in room.concerning[shape]:
+        mask &= passes(room, shape)
     return mask
 
 

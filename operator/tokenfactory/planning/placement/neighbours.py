@@ -130,6 +130,9 @@ class Neighbours:
 
     # --- anti-affinity
 
+    def may_refuse(self, shape: Shape) -> bool:
+        return bool(shape.pod.apart or self._refusing(shape))
+
     def apart_allows(self, shape: Shape) -> BoolArray:
         mask = np.ones(self._fleet.count, dtype=np.bool_)
         for rule in shape.pod.apart:

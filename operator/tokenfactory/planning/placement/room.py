@@ -3,9 +3,13 @@
 The only mutable thing in placement. `place` and `remove` undo each other exactly, so that the search can try and go back.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 
-from tokenfactory.planning.placement.fleet import UNLIMITED, Fleet, FloatArray, IntArray
+from tokenfactory.planning.placement.fleet import UNLIMITED, BoolArray, Fleet, FloatArray, IntArray
 from tokenfactory.planning.placement.inputs import PodRequest
 from tokenfactory.planning.placement.neighbours import Neighbours
 from tokenfactory.planning.placement.preferences import SPREAD_WEIGHT, WHOLE_NODE_WEIGHT
@@ -17,11 +21,13 @@ class Room:
         self.fleet = fleet
         self.free_gpus = fleet.free_gpus.copy()
         self.headroom = fleet.headroom.copy()
-        self.pods_on = np.zeros(fleet.count, dtype=np.int64)
+        self.pods_on = [0] * fleet.count
         self.comfort = 0.0
         """Sum of all preferences so far; what the search maximises once nobody else can be placed."""
         self.watts_taken = 0
         """Milliwatts of all that is placed; of two plans of the same worth the thriftier lets more in later."""
+        self.concerning: dict[Shape, tuple[Callable[[Room, Shape], BoolArray], ...]] = {}
+        """The filters that can stop a pod of each shape, as far as they were asked."""
         self._free: dict[str, IntArray] = {}
         self.neighbours = Neighbours(fleet, pods)
         by_model: dict[str, list[float]] = {}
@@ -38,6 +44,9 @@ class Room:
         self._broken: dict[int, FloatArray] = {}
         self._liked: dict[Shape, FloatArray] = {}
         self._waking = fleet.wake.copy() if fleet.wake.any() else None
+        # One at a time, plain numbers are read many times faster than those of an array.
+        self._wake: list[int] = fleet.wake.tolist()
+        self._path = list(fleet.path)
         self._tightest: IntArray | None = None
 
     def _counts(self, model: str) -> tuple[list[int], ...]:
@@ -85,9 +94,9 @@ class Room:
     def tightest(self) -> IntArray:
         """The least headroom on each node's path. Column by column: minima along short rows are slow."""
         if self._tightest is None:
-            least: IntArray = self.headroom[self.fleet.columns[0]]
+            least: IntArray = self.headroom.take(self.fleet.columns[0])
             for column in self.fleet.columns[1:]:
-                np.minimum(least, self.headroom[column], out=least)
+                np.minimum(least, self.headroom.take(column), out=least)
             self._tightest = least
         return self._tightest
 
@@ -112,16 +121,17 @@ class Room:
     def _move(self, shape: Shape, node: int, sign: int) -> None:
         pod = shape.pod
         alone = self.pods_on[node] == (0 if sign > 0 else 1)
-        watts = int(shape.need[node]) + (int(self.fleet.wake[node]) if alone else 0)
+        need = shape.needs[node]
+        watts = need + (self._wake[node] if alone else 0)
         self.watts_taken += sign * watts
         self.pods_on[node] += sign
         self.free_gpus[node] -= sign * pod.gpus
-        self.headroom[self.fleet.path[node]] -= sign * watts
+        self.headroom[self._path[node]] -= sign * watts
         self._tightest = None
         if self._waking is not None:
-            self._waking[node] = 0 if self.pods_on[node] else self.fleet.wake[node]
+            self._waking[node] = 0 if self.pods_on[node] else self._wake[node]
         if shape.accounts.size:
-            self.headroom[shape.accounts] -= sign * int(shape.need[node])
+            self.headroom[shape.accounts] -= sign * need
         for name, amount in pod.resources.items():
             self.free(name)[node] -= sign * amount
 

@@ -152,7 +152,7 @@ class Search:
         fit = fits(room, shape)
         if within is not None:
             fit &= within
-        if not fit.any():
+        if not np.count_nonzero(fit):
             return NOWHERE
         if mode is Mode.ANY:
             open_nodes = np.flatnonzero(fit)

@@ -1,6 +1,7 @@
 """Pods that are alike in all that placement looks at share one shape: what never changes is weighed once per shape."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,6 +22,12 @@ class Shape:
     preference: FloatArray
     """How good each node is for it, 0 to 1, apart from what other placements change."""
     accounts: IntArray
+
+    @cached_property
+    def needs(self) -> list[int]:
+        """`need` as plain numbers."""
+        found: list[int] = self.need.tolist()
+        return found
 
 
 def shape_key(pod: PodRequest) -> tuple[object, ...]:
