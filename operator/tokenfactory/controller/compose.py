@@ -23,7 +23,7 @@ from tokenfactory.controller.plan.naming import give_names
 from tokenfactory.controller.plan.nodes import charge_nodes, leaves_a_path, with_arrivals, with_charges
 from tokenfactory.controller.plan.oversubscribing import LOOK_SECONDS, oversubscribe
 from tokenfactory.controller.plan.placing import grant, open_gates
-from tokenfactory.controller.plan.purses import held_to, spending
+from tokenfactory.controller.plan.purses import spending
 from tokenfactory.controller.plan.recovering import recover
 from tokenfactory.controller.plan.refusing import replan
 from tokenfactory.controller.plan.regranting import regrant
@@ -44,6 +44,7 @@ from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Leadership, Ledger, observe
 from tokenfactory.planning.power.publish import SheetPlan, plan_cuts, plan_sheets
 from tokenfactory.planning.power.raises import Targets
+from tokenfactory.planning.power.spending import Budgets
 from tokenfactory.planning.power.steps import Held, Patience, settle_caps
 
 PATIENCE: Final = Patience()
@@ -91,19 +92,18 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     wishes, later = regranted.first(choice.wishes)
     granting = grant(world, regranted.ledger, regranted.spent, wishes)
     granted = regranted.with_new(granting)
-    charging = charge_nodes(world, ledger, grid.places, grid.facts, granted, taint=options.taint_nodes)
+    charging = charge_nodes(
+        world, ledger, grid.places, grid.facts, granted, regranted.spent, taint=options.taint_nodes
+    )
     parked = [label for _, label in memory.shedding.parked]
     cleared = bidding.clear(world, grid, ledger, coming, parked, staffing.hurried)
     less = shed(world, cleared, staffing, memory.shedding, PATIENCE)
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
     unreadable = bool(snapshot.unreadable)
-    if spent.allotments and cleared is not None:
-        lowest = {label: hull.milliwatts[0] for label, hull in cleared.hulls.items()}
-        targets = held_to(spent, with_charges(ledger, charging, grid.facts), targets, lowest)
     tries, targets, trying = try_caps(
         Ground(world, grid, ledger, cleared, less.staffing, less, memory.lessons, targets), memory.tries
     )
-    sheets = _sheets(ledger, charging, grid, targets, may_rise=not unreadable)
+    sheets = _sheets(ledger, charging, grid, targets, spent.budgets, may_rise=not unreadable)
     cutting, rising = _publish(world, sheets)
     # Each may land without the others: what rises was planned over all of these charges. All agents answer a sheet,
     # and would change each GPUNode before its charge could be written over the version that the plan has seen.
@@ -171,12 +171,18 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
 
 
 def _sheets(
-    ledger: Ledger, charging: list[Action], grid: Grid, targets: Targets, *, may_rise: bool
+    ledger: Ledger,
+    charging: list[Action],
+    grid: Grid,
+    targets: Targets,
+    budgets: Budgets,
+    *,
+    may_rise: bool,
 ) -> SheetPlan:
     """No watt is spent twice in a round: what its node writes charge is gone before any sheet may rise."""
     if not may_rise or leaves_a_path(charging):
         return SheetPlan(plan_cuts(ledger, targets), ())
-    return plan_sheets(with_charges(ledger, charging, grid.facts), targets)
+    return plan_sheets(with_charges(ledger, charging, grid.facts), targets, budgets)
 
 
 def _patient(

@@ -130,7 +130,7 @@ def test_a_newcomer_is_charged_only_once_the_others_have_given_up_watts_for_it(w
         world.others()
         world.operate()
         spent = world.plan().books.spending
-        assert spent.charged[GRANT] <= spent.allotments[GRANT].milliwatts
+        assert spent.charged[GRANT] <= spent.budgets.allotments[GRANT].milliwatts
     assert serving(world, "inference") == serving(world, "research") == 1
 
 

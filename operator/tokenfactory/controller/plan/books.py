@@ -10,7 +10,6 @@ from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.memory import EnergyWindow
 from tokenfactory.controller.plan.naming import Model
 from tokenfactory.controller.plan.placing import Unplaced
-from tokenfactory.controller.plan.purses import Spending
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.shedding import Shed
 from tokenfactory.controller.plan.trying import Tries
@@ -18,6 +17,7 @@ from tokenfactory.controller.plan.world import World
 from tokenfactory.kube.resources import Key
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.raises import Wait
+from tokenfactory.planning.power.spending import Spending
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from tokenfactory.api.quantities import parse_decimal
 from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.plan.admitting import DEFAULT_BAND
 from tokenfactory.controller.plan.profiles import model_points
-from tokenfactory.controller.plan.purses import factory_name, payer_of
+from tokenfactory.controller.plan.purses import factory_name
 from tokenfactory.controller.plan.world import World
 from tokenfactory.planning.efficiency.from_api import goals_of
 from tokenfactory.planning.efficiency.operating_point import Goals, choose_operating_point
 from tokenfactory.planning.power import catalogue
 from tokenfactory.planning.power.goods import PowerClass
 from tokenfactory.planning.power.profile import Hull, Point, Requirement, hull_of, parked, unknown
+from tokenfactory.planning.power.spending import payer_of
 
 _LEAST_VALUE = 1e-15
 """Per token, of what is on its way out: less than anything that a factory can ask for."""

@@ -23,7 +23,8 @@ from tokenfactory.kube.objects import Node
 from tokenfactory.kube.times import rfc3339
 from tokenfactory.planning.power import grants
 from tokenfactory.planning.power.ledger import Ledger
-from tokenfactory.planning.power.lines import NodeFacts
+from tokenfactory.planning.power.lines import NodeFacts, enter
+from tokenfactory.planning.power.spending import Spending, lacking
 
 Path = tuple[str, ...]
 
@@ -106,6 +107,7 @@ def charge_nodes(
     places: Mapping[str, Place],
     facts: Mapping[str, NodeFacts],
     granted: Mapping[str, list[Replica]],
+    spent: Spending,
     *,
     taint: bool,
 ) -> list[Action]:
@@ -124,13 +126,15 @@ def charge_nodes(
         held = host.held
         new = granted.get(host.name, [])
         # A path is left only in a round in which nothing is granted, and a sheet rises only in one without both.
-        spec = _spec(world, ledger, host, held, place, facts[host.name], new, may_leave=not granted)
+        spec = _spec(world, ledger, host, held, place, facts[host.name], new, spent, may_leave=not granted)
         if host.name in offenders and spec.quarantine is None:
             spec = msgspec.structs.replace(spec, quarantine=offenders[host.name])
             actions.append(Tell(held, "Quarantined", offenders[host.name].reason, "Warning"))
         if held.spec.former_paths and spec.former_paths != held.spec.former_paths:
             # What one node may draw more from now on is not there for the next.
-            ledger = ledger.with_node(msgspec.structs.replace(held, spec=spec))
+            left = msgspec.structs.replace(held, spec=spec)
+            spent, _ = _spend(spent, ledger, left, facts[host.name])
+            ledger = ledger.with_node(left)
         if spec == held.spec and host.name not in claims:
             if taint and place is not None:
                 actions += _taint(host.node)
@@ -154,6 +158,7 @@ def _spec(
     place: Place | None,
     facts: NodeFacts,
     new: list[Replica],
+    spent: Spending,
     *,
     may_leave: bool,
 ) -> GPUNodeSpec:
@@ -167,7 +172,8 @@ def _spec(
     if node.spec.former_paths and may_leave:
         settled = so(grants.settled_path(node))
         if settled.spec != node.spec and ledger.admit_spec(settled):
-            node = settled
+            _, short = _spend(spent, ledger, settled, facts)
+            node = node if short else settled
     path = place.path if place else ()
     moved = grants.moved(node, path) if path else None
     if moved is not None:
@@ -181,6 +187,14 @@ def _spec(
     node = so(_fence(world, ledger, host, node, facts))
     overhead = place.overhead_milliwatts if place else node.spec.overhead_milliwatts
     return msgspec.structs.replace(node.spec, overhead_milliwatts=overhead)
+
+
+def _spend(
+    spent: Spending, ledger: Ledger, node: GPUNode, facts: NodeFacts
+) -> tuple[Spending, tuple[str, ...]]:
+    """What this spec adds to the budgets, and which of them do not bear it."""
+    before = ledger.entries[node.metadata.name].line
+    return lacking(spent, ledger, before, enter(node, facts, ledger.domains).line)
 
 
 def _fence(world: World, ledger: Ledger, host: GpuHost, node: GPUNode, facts: NodeFacts) -> GPUNodeSpec:

@@ -16,10 +16,10 @@ from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.controller.actions import Action, OpenGate
 from tokenfactory.controller.plan.at_hand import checkpoints_of
 from tokenfactory.controller.plan.nodes import new_grant
-from tokenfactory.controller.plan.purses import Spending, lacking
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
 from tokenfactory.planning.power import grants
 from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.spending import Spending, lacking
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Granting:
 def grant(world: World, ledger: Ledger, spent: Spending, wishes: list[Wish]) -> Granting:
     """P3: the charge is admitted by every domain, at once and by every sheet that may be obeyed, or it waits.
 
-    So it does for what a domain grants to some together (`spec.admits[].budget`).
+    So it does for every budget that cuts across the tree.
     """
     granted: dict[str, list[Replica]] = {}
     waiting: list[Unplaced] = []
@@ -93,7 +93,9 @@ class _Books:
         node = self.ledger.entries[wish.node].node  # as what was entered before leaves it
         node = msgspec.structs.replace(node, spec=grants.granted(node, new_grant(replica, host)))
         after = self.ledger.with_node(node)
-        spent, short = lacking(self.spent, self.ledger, after, node)
+        spent, short = lacking(
+            self.spent, after, self.ledger.entries[wish.node].line, after.entries[wish.node].line
+        )
         if short:
             return "; ".join(short)
         self.ledger, self.spent = after, spent

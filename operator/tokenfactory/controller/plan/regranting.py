@@ -20,10 +20,10 @@ from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.domains import UNKNOWN_GPU_MILLIWATTS
 from tokenfactory.controller.plan.nodes import new_grant
 from tokenfactory.controller.plan.placing import Granting, Unplaced, Wish
-from tokenfactory.controller.plan.purses import Spending, lacking
 from tokenfactory.controller.plan.world import GpuHost, Replica, World
 from tokenfactory.planning.power import grants
 from tokenfactory.planning.power.ledger import Ledger
+from tokenfactory.planning.power.spending import Spending, lacking
 from tokenfactory.planning.power.tree import Tree
 
 PATIENCE_MILLISECONDS: Final = 60_000
@@ -91,7 +91,7 @@ def regrant(
         if not why:
             node = _with_grant(ledger, host, replica)
             after = ledger.with_node(node)
-            spent, _ = lacking(spent, ledger, after, node)
+            spent, _ = _spend(spent, ledger, after, host.name)
             ledger = after
             granted.setdefault(host.name, []).append(replica)
             continue
@@ -136,8 +136,12 @@ def _missing(
     domains = [name for name in entry.node.spec.path if name in tree.domains]
     barred = refusals(world, tree, replica.factory, replica.model, domains)
     admission = ledger.admit(host.name, replica.class_on(host.product), replica.model.gpus_per_replica)
-    _, short = lacking(spent, ledger, ledger.with_node(node), node)
+    _, short = _spend(spent, ledger, ledger.with_node(node), host.name)
     return (*barred.values(), *admission.why, *short)
+
+
+def _spend(spent: Spending, before: Ledger, after: Ledger, node: str) -> tuple[Spending, tuple[str, ...]]:
+    return lacking(spent, after, before.entries[node].line, after.entries[node].line)
 
 
 def _with_grant(ledger: Ledger, host: GpuHost, replica: Replica) -> GPUNode:

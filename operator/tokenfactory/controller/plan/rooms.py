@@ -1,14 +1,17 @@
-"""What the grants with a budget still have room for, before a replica that pays from them is given a node."""
+"""What budgets across the tree still have room for, before a replica that pays from them is given a node.
+
+A replica that a budget cannot bear is not even wished for: the others would give up watts for what never comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.hulls import hulls_of, worthwhile
 from tokenfactory.controller.plan.placing import Unplaced, Wish
-from tokenfactory.controller.plan.purses import factory_name, grants_with_budget, payer_of
+from tokenfactory.controller.plan.purses import budgets_of, factory_name
 from tokenfactory.controller.plan.status import watts
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.planning.placement.inputs import PodRequest
@@ -35,7 +38,11 @@ class Wanted:
 
 
 class Rooms:
-    """What is left of each grant with a budget when every GPU that pays from it has what is worth serving at."""
+    """What is left of each budget when every GPU that pays from it has the least that it must have.
+
+    From a grant that is what is worth serving at, as from a domain's limit. From a factory's own budget it is the
+    lowest cap: how many of its replicas run well on that is for the market and for parking to find (`shedding`).
+    """
 
     def __init__(
         self, world: World, grid: Grid, ledger: Ledger, ranges: Mapping[str, tuple[int, int]]
@@ -43,60 +50,64 @@ class Rooms:
         self._world = world
         self._wanted = Wanted(world)
         self._ranges = ranges
-        self._grants = grants_with_budget(world, grid)
-        self._left = {name: each.milliwatts for name, each in self._grants.items()}
-        for entry in ledger.entries.values() if self._grants else ():
+        self._budgets = budgets_of(world, grid)
+        self._left = {name: each.milliwatts for name, each in self._budgets.allotments.items()}
+        for entry in ledger.entries.values() if self._left else ():
             self._take(ledger, entry)
 
     def _take(self, ledger: Ledger, entry: Entry) -> None:
+        line = entry.line
         heard = entry.facts.heard and entry.kind == "Charged"
-        for demand in entry.line.expected() if heard else (*entry.line.demands, *entry.line.pending):
-            for name in self._paying(demand.class_name, entry.line.domains):
-                each = (
-                    self._wanted.each(demand, entry)
-                    if heard
-                    else demand.each(ledger.highest(entry.line, demand.class_name))
-                )
+        for demand in line.expected() if heard else (*line.demands, *line.pending):
+            for name in self._budgets.paying(demand.class_name, line.domains):
+                if not heard:
+                    each = demand.each(ledger.highest(line, demand.class_name))
+                elif self._is_own(name):
+                    each = demand.low if entry.facts.guarded else max(demand.low, demand.base)
+                else:
+                    each = self._wanted.each(demand, entry)
                 self._left[name] -= demand.count * each
 
-    def _paying(self, label: str, path: Iterable[str]) -> list[str]:
-        if not self._grants:
-            return []
-        payer, domains = payer_of(label), frozenset(path)
-        return [
-            name
-            for name, grant in self._grants.items()
-            if payer in grant.factories and grant.domain in domains
-        ]
+    def _is_own(self, budget: str) -> bool:
+        return self._budgets.allotments[budget].domain is None
+
+    def _need(self, budget: str, replica: Replica, product: str) -> int:
+        """What the replica must have of this budget on GPUs of this product."""
+        low, high = self._ranges[product]
+        each = low if self._is_own(budget) else self._wanted.of(replica.class_on(product), low, high)
+        return replica.model.gpus_per_replica * each
 
     def refuse(self, request: PodRequest, replica: Replica) -> PodRequest:
         """Domains whose grant has no room even where the replica needs least: it may still go elsewhere."""
-        factory, refused = factory_name(replica.factory), dict(request.refused)
-        needs = [
-            replica.model.gpus_per_replica
-            * self._wanted.of(replica.class_on(product), *self._ranges[product])
-            for product in request.offers
-        ]
-        for name, grant in self._grants.items():
+        factory, refused = replica.factory, dict(request.refused)
+        for name in self._budgets.of(factory_name(factory)):
+            needs = [self._need(name, replica, product) for product in request.offers]
             lack = min(needs, default=0) - self._left[name]
-            if factory in grant.factories and lack > 0 and grant.domain not in refused:
-                refused[grant.domain or ""] = f"{name} lacks {watts(lack)}"
+            where = self._budgets.allotments[name].domain or factory.spec.power.domain
+            if lack > 0 and where not in refused:
+                refused[where] = f"{name} lacks {watts(lack)}{self._even(name)}"
         return replace(request, refused=refused)
 
+    def _even(self, budget: str) -> str:
+        return " even with every GPU at its lowest cap" if self._is_own(budget) else ""
+
     def admit(self, wishes: list[Wish]) -> tuple[tuple[Wish, ...], list[Unplaced]]:
-        """The wishes that the grants bear one after the other."""
+        """The wishes that the budgets bear one after the other."""
         fits, spent = [], []
         for wish in wishes:
-            host = self._world.hosts[wish.node]
-            label, count = wish.replica.class_on(host.product), wish.replica.model.gpus_per_replica
-            need = count * self._wanted.of(label, *self._ranges[host.product]) if self._grants else 0
-            paying = self._paying(label, host.held.spec.path if host.held else ())
-            short = next((name for name in paying if self._left[name] < need), None)
+            host, replica = self._world.hosts[wish.node], wish.replica
+            path = host.held.spec.path if host.held else ()
+            needs = {
+                name: self._need(name, replica, host.product)
+                for name in self._budgets.paying(replica.class_on(host.product), path)
+            }
+            short = next((name for name, need in needs.items() if self._left[name] < need), None)
             if short is not None:
-                message = f"{short} lacks {watts(need - self._left[short])} to serve on {wish.node}"
-                spent.append(Unplaced(wish.replica, "NotAdmitted", message))
+                lack = watts(needs[short] - self._left[short])
+                message = f"{short} lacks {lack} to serve on {wish.node}{self._even(short)}"
+                spent.append(Unplaced(replica, "NotAdmitted", message))
                 continue
-            for name in paying:
+            for name, need in needs.items():
                 self._left[name] -= need
             fits.append(wish)
         return tuple(fits), spent

@@ -194,8 +194,8 @@ def _within(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict
     over = facts.charge_milliwatts - facts.budget_milliwatts
     if over > 0:
         return (False, "OverBudget", f"it may draw {watts(over)} more than its budget")
-    if shared := books.spending.over(factory_name(factory)):
-        return (False, "OverBudget", f"what it shares with others is overdrawn: {'; '.join(shared)}")
+    if overdrawn := books.spending.over(factory_name(factory)):
+        return (False, "OverBudget", "; ".join(overdrawn))
     return (True, "WithinBudget", "its charge fits its budget")
 
 

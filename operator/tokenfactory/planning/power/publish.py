@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from tokenfactory.api.cap_sheet import CapSheetSpec
 from tokenfactory.api.gpu_node import GPUNode
@@ -17,6 +17,9 @@ from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.lines import replace_struct
 from tokenfactory.planning.power.raises import Raises, Targets, Wait
 from tokenfactory.planning.power.sheets import allowances_of, caps_of, cut, first_sheet, successor
+from tokenfactory.planning.power.spending import Budgets
+
+NO_BUDGETS: Final = Budgets()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,9 @@ def plan_cuts(ledger: Ledger, targets: Targets) -> tuple[SheetWrite, ...]:
     return tuple(writes)
 
 
-def plan_sheets(ledger: Ledger, targets: Targets) -> SheetPlan:
+def plan_sheets(ledger: Ledger, targets: Targets, budgets: Budgets = NO_BUDGETS) -> SheetPlan:
     """Every sheet to be written now. The same input gives the same plan; what is as wanted is not written."""
-    raises = Raises(ledger, targets)
+    raises = Raises(ledger, targets, budgets)
     writes, waits = [], []
     for domain in sorted(ledger.domains, key=lambda name: (len(ledger.path(name)), name)):
         caps, waiting = raises.settle(domain)

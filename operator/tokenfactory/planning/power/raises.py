@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, Literal
 
 from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.ledger import Ledger
-from tokenfactory.planning.power.lines import UNBOUNDED, Line
+from tokenfactory.planning.power.lines import UNBOUNDED, Demand, Line
 from tokenfactory.planning.power.sheets import caps_of, cut
+from tokenfactory.planning.power.spending import Budgets
 
 LEAST_GAIN_MILLIWATTS: Final = 10_000
 """Part of a raise is published only when it lifts some GPU by this much: an epoch costs every agent an answer."""
@@ -35,6 +36,7 @@ class Wait:
     class_name: str
     reason: Literal["Acknowledgement", "NoHeadroom", "Claim"]
     blocked_by: str
+    """A domain, a budget, or what is not claimed."""
     nodes: tuple[tuple[str, str, int], ...] = ()
     """(node, domain, epoch): the first few of those that must acknowledge."""
     nodes_in_all: int = 0
@@ -67,11 +69,11 @@ class _Standing:
     def _highest(self, name: str) -> int:
         return min((caps.get(name, 0) for caps in self.binders if caps is not None), default=UNBOUNDED)
 
-    def charge_with(self, domain: str, caps: Mapping[str, int]) -> int:
-        """The charge if this domain's sheet gave these caps as well."""
+    def changed(self, domain: str, caps: Mapping[str, int]) -> dict[str, int]:
+        """The classes that may get more if this domain's sheet gave these caps as well, and how much."""
         binder = self.binders[self.line.domains.index(domain)]
         if binder is None:
-            return self.charge
+            return {}
         changed: dict[str, int] = {}
         for name in self.names:
             new = caps.get(name, 0)
@@ -86,9 +88,25 @@ class _Standing:
                         break
             else:
                 changed[name] = new
-        if not changed:
-            return self.charge
+        return changed
+
+    def charge_with(self, changed: Mapping[str, int]) -> int:
         return self.line.charge(lambda name: changed[name] if name in changed else self._highest(name))
+
+    def spends(self, budgets: Budgets, changed: Mapping[str, int]) -> dict[str, int]:
+        """What that adds to each budget, for all nodes of this line: only of GPUs that rise above their lowest cap."""
+        line = self.line
+        more = (
+            demand
+            for demand in (*line.demands, *line.pending)
+            if changed.get(demand.class_name, 0) > demand.low
+        )
+
+        def each(demand: Demand) -> int:
+            name = demand.class_name
+            return (demand.each(changed[name]) - demand.each(self._highest(name))) * self.nodes
+
+        return budgets.added(line, more, each)
 
 
 class _Standings:
@@ -141,14 +159,17 @@ class _Raise:
     caps: Mapping[str, int]
     gains: Mapping[str, int]
     charges: tuple[tuple[_Standing, int], ...]
+    spends: Mapping[str, int]
+    """What they add to each budget."""
 
 
 class Raises:
     """One pass over all domains that keeps count of what the raises so far have taken."""
 
-    def __init__(self, ledger: Ledger, targets: Targets) -> None:
+    def __init__(self, ledger: Ledger, targets: Targets, budgets: Budgets) -> None:
         self.ledger = ledger
         self.targets = targets
+        self.budgets = budgets
         self.charges = dict(ledger.charges)
         self._missing: dict[str, tuple[tuple[str, str, int], ...]] = {}
         self._next: dict[str, tuple[Mapping[str, int], int]] = {}
@@ -156,6 +177,19 @@ class Raises:
     @cached_property
     def _standings(self) -> _Standings:
         return _Standings(self.ledger)
+
+    @cached_property
+    def _spent(self) -> dict[str, int]:
+        return self.budgets.charged(self.ledger)
+
+    @cached_property
+    def _paying(self) -> Mapping[str, list[Line]]:
+        """Budget → the lines that are charged to it."""
+        found: dict[str, list[Line]] = {name: [] for name in self.budgets.allotments}
+        for line in self.ledger.lines:
+            for name in self.budgets.charged_by(self.ledger, line):
+                found[name].append(line)
+        return found
 
     def settle(self, domain: str) -> tuple[dict[str, Allowance] | None, list[Wait]]:
         """The caps of this domain's next sheet, and what is missing to the target."""
@@ -223,37 +257,51 @@ class Raises:
     def _raise(self, domain: str, caps: Mapping[str, int]) -> _Raise:
         gains: dict[tuple[str, ...], int] = {}
         charges = []
+        spends: dict[str, int] = {}
         for standing in self._standings.affected(domain, caps):
             domains = standing.line.domains
             gain = gains.setdefault(domains, 0)
-            charge = standing.charge_with(domain, caps)
+            changed = standing.changed(domain, caps)
+            if not changed:
+                continue
+            charge = standing.charge_with(changed)
             if charge != standing.charge:
                 gains[domains] = gain + (charge - standing.charge) * standing.nodes
                 charges.append((standing, charge))
+            # A budget pays for pods that may yet take a GPU also where that GPU is charged as much without them.
+            if self.budgets.allotments:
+                for name, more in standing.spends(self.budgets, changed).items():
+                    spends[name] = spends.get(name, 0) + more
         reached: dict[str, int] = {}
         for domains, gain in gains.items():
             for at in domains:
                 reached[at] = reached.get(at, 0) + gain
-        return _Raise(domain, caps, reached, tuple(charges))
+        return _Raise(domain, caps, reached, tuple(charges), spends)
 
     def _blocked(self, raised: _Raise) -> str | None:
-        """The first domain that would not fit with these raises; None if all do."""
+        """The first domain or budget that would not fit with these raises; None if all do."""
         for reached, gain in raised.gains.items():
             # P1: in a domain that is over its limit nothing rises, not even what would cost nothing.
             limit = self.ledger.domains[reached].usable_milliwatts if reached in self.ledger.domains else 0
             if self.charges.get(reached, 0) + gain > limit:
                 return reached
+        for name, more in raised.spends.items():
+            # Nor does anything rise at the cost of a budget that is overdrawn, not even what would cost nothing.
+            if self._spent[name] + more > self.budgets.allotments[name].milliwatts:
+                return name
         return None
 
     def _take(self, raised: _Raise) -> None:
         for reached, gain in raised.gains.items():
             self.charges[reached] = self.charges.get(reached, 0) + gain
+        for name, more in raised.spends.items():
+            self._spent[name] += more
         for standing, charge in raised.charges:
             standing.charge = charge
         self._standings.take(raised.domain, raised.caps)
 
     def _wait(self, domain: str, class_name: str, blocked: str) -> Wait:
-        """Names the nodes whose acknowledgement would free watts in the domain that blocks."""
+        """Names the nodes whose acknowledgement would free watts in the domain or budget that blocks."""
         missing = self._missing.get(blocked)
         if missing is None:
             missing = self._missing[blocked] = tuple(sorted(self._behind(blocked)))
@@ -267,20 +315,23 @@ class Raises:
         )
 
     def _behind(self, blocked: str) -> Iterator[tuple[str, str, int]]:
-        for line, names in self.ledger.lines.items():
-            if blocked not in line.domains:
-                continue
+        paying = self._paying.get(blocked)
+        below = [line for line in self.ledger.lines if blocked in line.domains] if paying is None else paying
+        for line in below:
             behind = [
                 (at, self._next_epoch(at))
                 for at, acked in zip(line.domains, line.acked, strict=True)
                 if acked < self._next_epoch(at)
             ]
             if behind and self.ledger.line_charge(line) > self._charge_when_acked(line):
-                yield from ((node, *behind[0]) for node in names)
+                yield from ((node, *behind[0]) for node in self.ledger.lines[line])
 
     def _charge_when_acked(self, line: Line) -> int:
-        """What is left once every sheet, as cut now, is acknowledged."""
+        """What is left once every sheet, as cut now, is acknowledged: that says that it was also read back."""
         names = [name for name in line.domains if name in self.ledger.sheets]
+        if all(self.ledger.entries[node].facts.guarded for node in self.ledger.lines[line]):
+            low = (replace(demand, base=min(demand.base, demand.low)) for demand in line.demands)
+            line = replace(line, demands=tuple(low))
         return line.charge(
             lambda class_name: min(
                 (self._next_caps(name).get(class_name, 0) for name in names), default=UNBOUNDED
