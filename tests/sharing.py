@@ -15,7 +15,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = ("tests/node/",)
 LONGEST_FIRST = (
-    "tests/cluster/scenarios/test_operations.py",
+    "tests/cluster/scenarios/test_other_hands.py",
+    "tests/cluster/scenarios/test_workloads.py",
     "tests/unit/planning/power/test_parking.py",
     "tests/cluster/scenarios/test_crashes.py",
     "tests/unit/planning/placement/test_optimum.py",

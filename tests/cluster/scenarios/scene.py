@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ _numbers = itertools.count(1)
 RACK = "topology.tokenfactory.dev/rack"
 OPERATOR = "system:serviceaccount:tokenfactory-system:tokenfactory-operator"
 PATIENCE_SECONDS = 120.0
+GPUS = 2
+"""Of a replica."""
 IDLE_WATTS = 16 * 200 + 4 * 800
 """What the hall is charged with nothing to do: every GPU at its minimum, and the nodes' other draw."""
 FULL_WATTS = 688.0
@@ -33,7 +36,7 @@ spec:
 MODEL = """
   - name: %(name)s
     nim: {image: "nvcr.io/nim/meta/llama-3.1-8b-instruct:%(image)s", env: [%(env)s]}
-    gpusPerReplica: 2
+    gpusPerReplica: %(gpus)s
     replicas: {min: %(replicas)s, max: %(most)s}
     band: %(band)s"""
 FACTORY = """
@@ -90,6 +93,7 @@ def model(
 ) -> str:
     return MODEL % {
         "name": name,
+        "gpus": GPUS,
         "replicas": replicas,
         "most": max(most, replicas, 1),
         "band": band,
@@ -236,6 +240,58 @@ class Scene:
             for event in found["items"]
             if event["regarding"]["kind"] == kind and name in event["regarding"]["name"]
         ]
+
+    # --- conditions to wait for
+
+    async def full(self, model: str, count: int) -> bool:
+        """So many replicas, and nothing holds their GPUs back."""
+        pods = await self.replicas(model=model)
+        return len(pods) == count and set(self.caps(pods)) == {FULL_WATTS}
+
+    async def charged_at_least(self, least_watts: float) -> bool:
+        return await self.charge() >= least_watts
+
+    async def charged_at_most(self, limit_watts: float) -> bool:
+        return await self.charge() <= limit_watts
+
+    async def lost_nodes(self, count: int) -> bool:
+        return (await self.site.status("pd", "hall")).get("lostNodes", 0) == count
+
+    async def no_such_node(self, name: str) -> bool:
+        return not await self.kubectl("get", "gn", name, "--ignore-not-found", "-o", "name")
+
+    async def at_rest(self, seconds: float) -> bool:
+        """Nothing but renewals was written for so long."""
+        before = self._other_writes(), await self.versions()
+        until = asyncio.get_running_loop().time() + seconds
+        while asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.5)
+            if (self._other_writes(), await self.versions()) != before:
+                return False
+        return True
+
+    # --- what was written
+
+    def writes(self) -> Counter[tuple[str, str]]:
+        """What the operator wrote so far, by verb and resource. Looking is free."""
+        found: Counter[tuple[str, str]] = Counter()
+        for user, verb, _, resource, subresource in self.site.cluster.audit_verbs():
+            if user == OPERATOR and verb not in {"get", "list", "watch"}:
+                found[verb, f"{resource}/{subresource}" if subresource else resource] += 1
+        return found
+
+    def _other_writes(self) -> int:
+        written = self.writes().items()
+        return sum(count for (_, what), count in written if what not in {"leases", "capsheets"})
+
+    async def versions(self) -> dict[str, str]:
+        """Of the sheets that say what may be drawn: renewals are none of them."""
+        found = await self.site.get("sheet")
+        return {
+            each["metadata"]["name"]: each["metadata"]["resourceVersion"]
+            for each in found["items"]
+            if "renewal" not in each["spec"]
+        }
 
     # --- the truth
 
