@@ -18,6 +18,8 @@ from tokenfactory.kube.listing import Listing
 from tokenfactory.kube.resources import collection_path
 
 log = logging.getLogger(__name__)
+LABELLED_AT_ONCE = 16
+LABELS_EVERY_SECONDS = 1.0
 
 
 async def highest_term(client: Client) -> int:
@@ -31,17 +33,32 @@ async def highest_term(client: Client) -> int:
     return max(terms, default=0)
 
 
+async def keep_labelled(
+    writer: Writer, sheets: Iterable[CapSheet], every_seconds: float = LABELS_EVERY_SECONDS
+) -> None:
+    """Whoever takes a label off cuts agents off from that sheet, or from renewals, though nothing of it has changed.
+
+    Nobody plans anew for that, and no epoch says it: the label is put back for as long as we lead.
+    """
+    while True:
+        await label_sheets(writer, sheets)
+        await asyncio.sleep(every_seconds)
+
+
 async def label_sheets(writer: Writer, sheets: Iterable[CapSheet]) -> None:
     """Agents follow sheets by their labels, and an earlier release did not write all of them."""
-    for sheet in sheets:
-        labels = labels_of(sheet.spec)
-        if labels.items() <= sheet.metadata.labels.items():
-            continue
-        meta = msgspec.structs.replace(sheet.metadata, labels={**sheet.metadata.labels, **labels})
-        try:
-            await writer.replace(msgspec.structs.replace(sheet, metadata=meta), urgent=True)
-        except (ApiError, UnreachableError) as error:  # its next epoch carries them
-            log.warning("sheet not labelled", extra={"sheet": sheet.metadata.name, "error": str(error)})
+    bare = [sheet for sheet in sheets if not labels_of(sheet.spec).items() <= sheet.metadata.labels.items()]
+    for begin in range(0, len(bare), LABELLED_AT_ONCE):
+        await asyncio.gather(*(_label(writer, sheet) for sheet in bare[begin : begin + LABELLED_AT_ONCE]))
+
+
+async def _label(writer: Writer, sheet: CapSheet) -> None:
+    labels = {**sheet.metadata.labels, **labels_of(sheet.spec)}
+    meta = msgspec.structs.replace(sheet.metadata, labels=labels)
+    try:
+        await writer.replace(msgspec.structs.replace(sheet, metadata=meta), urgent=True)
+    except (ApiError, UnreachableError) as error:
+        log.warning("sheet not labelled", extra={"sheet": sheet.metadata.name, "error": str(error)})
 
 
 async def settled(

@@ -29,7 +29,7 @@ from tokenfactory.controller.barring import Barring
 from tokenfactory.controller.collector import CheckpointCollector
 from tokenfactory.controller.compose import Options, compose
 from tokenfactory.controller.cutting import Cutter
-from tokenfactory.controller.handover import highest_term, label_sheets, settled
+from tokenfactory.controller.handover import highest_term, keep_labelled, label_sheets, settled
 from tokenfactory.controller.metrics import Metrics
 from tokenfactory.controller.objects import Deployment, Service
 from tokenfactory.controller.observer import Observer
@@ -162,6 +162,7 @@ async def _lead(
             if not stop.is_set():
                 log.info("everything is listed", extra={"term": leadership.term})
                 await label_sheets(actor.writer, observer.sheets)
+                running.append(tasks.create_task(keep_labelled(actor.writer, observer.sheets)))
                 running.append(tasks.create_task(renewer.run()))
                 running.append(tasks.create_task(collector.run()))
                 running.append(tasks.create_task(cutter.run()))

@@ -10,7 +10,7 @@ from tests.unit.controller.test_compose import SITE
 from tokenfactory.api.cap_sheet import CapSheet, labels_of
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.actor import Actor
-from tokenfactory.controller.handover import label_sheets, settled
+from tokenfactory.controller.handover import keep_labelled, label_sheets, settled
 from tokenfactory.controller.plan.memory import Memory
 from tokenfactory.kube.errors import UnreachableError
 
@@ -89,20 +89,47 @@ async def test_a_write_that_was_cancelled_or_lost_its_answer_makes_the_hand_over
     )
 
 
+def bare_sheet(world: SmallWorld) -> CapSheet:
+    sheet = next(iter(world.objects[CapSheet].values()))
+    return msgspec.structs.replace(sheet, metadata=msgspec.structs.replace(sheet.metadata, labels={}))
+
+
 async def test_sheets_of_a_release_before_the_label_get_it_once(world: SmallWorld):
     """Agents follow the sheets of their path by it."""
-    sheets = list(world.objects[CapSheet].values())
-    bare = msgspec.structs.replace(sheets[0], metadata=msgspec.structs.replace(sheets[0].metadata, labels={}))
-    writer = _Writer()
+    bare, writer = bare_sheet(world), _Writer()
     await label_sheets(writer, [bare])
     assert [each.metadata.labels for each in writer.replaced] == [labels_of(bare.spec)]
     await label_sheets(writer, writer.replaced)
     assert len(writer.replaced) == 1
 
 
+async def test_a_label_that_somebody_takes_off_is_put_back_without_an_epoch_even_if_the_first_write_fails(
+    world: SmallWorld,
+):
+    bare, writer = bare_sheet(world), _Writer()
+    await label_sheets(writer, [bare])
+    held, writer = writer.replaced, _Writer(failures=1)
+    keeping = asyncio.create_task(keep_labelled(writer, held, every_seconds=0.0))
+    try:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert writer.replaced == []
+        held[:] = [bare]
+        await asyncio.wait_for(writer.wrote.wait(), 10)
+    finally:
+        keeping.cancel()
+    assert (writer.replaced[0].metadata.labels, writer.replaced[0].spec) == (labels_of(bare.spec), bare.spec)
+
+
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, failures: int = 0) -> None:
         self.replaced: list[CapSheet] = []
+        self.failures = failures
+        self.wrote = asyncio.Event()
 
     async def replace(self, sheet: CapSheet, *, urgent: bool) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise UnreachableError("PUT", OSError("gone"), sent=True)
         self.replaced.append(sheet)
+        self.wrote.set()
