@@ -17,6 +17,8 @@ from tokenfactory.planning.placement.inputs import PodRule, SpreadRule
 
 Matches = Callable[[Pod], bool]
 Counts = dict[PodRule, dict[str, int]]
+Claim = tuple[str, str]
+"""Namespace and name."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,24 @@ def beside(world: World, waiting: Sequence[Pod], standing: Sequence[tuple[Pod, s
     marks: dict[str, Matches] = {}
     found = Beside()
     asked: dict[str, tuple[tuple[SpreadRule, ...], tuple[PodRule, ...], tuple[PodRule, ...]]] = {}
+    shared: dict[PodRule, Claim] = {}
     for pod in waiting:
         spread, near, apart = _spread(world, pod, marks), _near(world, pod, marks), _apart(world, pod, marks)
-        asked[pod.metadata.uid or ""] = (
-            spread,
-            (*near, *(_same_node(pod, name, marks) for name in claims_of(world, pod).shared)),
-            apart,
-        )
+        claims = {_same_node(claim, marks): claim for claim in _shared(world, pod)}
+        shared |= claims
+        asked[pod.metadata.uid or ""] = (spread, (*near, *claims), apart)
     wanted = {rule for _, near, apart in asked.values() for rule in (*near, *apart)}
     wanted |= {each.rule for spread, _, _ in asked.values() for each in spread}
     refusing = _refusing(world, waiting, standing, marks)
     if not wanted and not refusing:
         return found
+    mounted = _by_claim(standing) if shared else {}
     for rule in wanted:
-        there = (node for pod, node in standing if marks[rule.mark](pod))
+        there: Iterable[str]
+        if rule in shared:
+            there = mounted.get(shared[rule], ())
+        else:
+            there = (node for pod, node in standing if marks[rule.mark](pod))
         if rule.topology_key == NODE_NAME:
             # A dead node may keep its pods for ever, and their successors must not wait for it.
             there = (node for node in there if _can_mount(world, node))
@@ -143,11 +149,25 @@ def _selector(pod: Pod, each: SpreadConstraint) -> Selector | None:
     return Selector(match_labels={**each.label_selector.match_labels, **own}, match_expressions=expressions)
 
 
-def _same_node(pod: Pod, claim: str, marks: dict[str, Matches]) -> PodRule:
-    namespace = pod.metadata.namespace
-    text = f"pods with claim {namespace}/{claim}"
-    marks[text] = lambda other: other.metadata.namespace == namespace and claim in claim_names(other)
+def _shared(world: World, pod: Pod) -> list[Claim]:
+    """Its claims that one node at a time may mount."""
+    return [(pod.metadata.namespace or "", name) for name in claims_of(world, pod).shared]
+
+
+def _same_node(claim: Claim, marks: dict[str, Matches]) -> PodRule:
+    namespace, name = claim
+    text = f"pods with claim {namespace}/{name}"
+    marks[text] = lambda other: (other.metadata.namespace or "") == namespace and name in claim_names(other)
     return PodRule(NODE_NAME, text)
+
+
+def _by_claim(standing: Iterable[tuple[Pod, str]]) -> dict[Claim, list[str]]:
+    """Where the pods are that mount each claim: many claims may wait, and each would be tried against every pod."""
+    found: dict[Claim, list[str]] = {}
+    for pod, node in standing:
+        for name in dict.fromkeys(claim_names(pod)):
+            found.setdefault((pod.metadata.namespace or "", name), []).append(node)
+    return found
 
 
 def _mark(world: World, owner: Pod, term: PodTerm) -> tuple[str, Matches]:
