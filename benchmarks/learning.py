@@ -3,8 +3,9 @@
 Twelve models on 24 racks of 32 GPUs. The true curves are hidden (flat then cliff, two knees, drifting); the
 catalogue's guess is off in scale (±30 %) and in where the cliff is. Every board's sensor is off by up to ±5 %,
 every reading noisy. In each period the market clears with what is learned, a few groups are tried
-at less than it gives them (`Learned.next_try`, as the operator does; the watts left over are sold to nobody), and what
-each group then makes is fed back. A floor counts as crossed when a served group is, without noise, slower
+at less than it gives them or at more (`Learned.next_try`, `worth_more`, as many as the operator tries), and what each
+group then makes is fed back. More is tried only with watts that nobody was sold and with what the other tries leave: that
+every domain stays within its limit is asserted in every period. A floor counts as crossed when a served group is, without noise, slower
 than its SLO. Beside it: the catalogue alone, and a uniform cap.
 """
 
@@ -18,6 +19,7 @@ from tokenfactory.planning.power.goods import gather_goods, put_in_order
 from tokenfactory.planning.power.learning import Observation, begin, learn
 from tokenfactory.planning.power.market import Market
 from tokenfactory.planning.power.profile import hull_of_curve
+from tokenfactory.planning.power.tries import MOST_AT_ONCE, MOST_PER_HOUR, Spare, worth_more
 
 SEED = 20261121
 PERIODS = 30
@@ -107,6 +109,27 @@ class Site:
         pairs = zip(positions.tolist(), self.group_model.tolist(), strict=True)
         return np.array([by_pair[pair] for pair in pairs]), clearing
 
+    def path(self, group):
+        return self.forest.path(int(self.forest.position[self.group_domain[group]]))
+
+    def drawn(self, caps):
+        """By position, with every group at its cap; summed here, not by the market."""
+        total = np.zeros(self.forest.count, dtype=np.int64)
+        for group, cap in enumerate(caps):
+            total[self.path(group)] += GPUS * int(cap)
+        return total
+
+    def spare(self, clearing, caps, tried):
+        """What the market sold to nobody, and what the tries so far leave."""
+        lowered = caps.copy()
+        lowered[list(tried)] = list(tried.values())
+        left = clearing.limits - self.drawn(lowered)
+        return Spare(dict(enumerate(left.tolist())))
+
+    def check(self, clearing, caps):
+        """No try may take a watt that is not there."""
+        assert (self.drawn(caps) <= clearing.limits).all()
+
     def made(self, caps, period):
         """Tokens per second and GPU of each group, without noise: each board caps by its own sensor."""
         return np.array(
@@ -132,15 +155,32 @@ class Site:
         ]
 
 
-def choose_tries(site, states, caps, period):
-    """One group per model is tried at less than the market gives it: each period until it is sure, then every third."""
+def choose_tries(site, states, caps, clearing, period, begun):
+    """As many groups as the operator tries at once, of each model one at most.
+
+    At less than the market gives them, each period until it is sure, then every third; and at more, with watts that
+    nobody was sold and those that the other tries leave.
+    """
+    first = [m for m in np.roll(np.arange(MODELS), -period) if begun[m] < MOST_PER_HOUR]
     tried = {}
-    for model, state in enumerate(states):
+    for model in first:
         groups = np.flatnonzero(site.group_model == model)
         group = int(groups[period % groups.size])
-        cap = state.next_try(int(caps[group]), again=period % 3 == model % 3)
+        cap = states[model].next_try(int(caps[group]), again=period % 3 == model % 3)
+        if cap is not None and len(tried) < MOST_AT_ONCE:
+            tried[group] = cap
+    spare = site.spare(clearing, caps, tried)
+    lower = {int(site.group_model[group]) for group in tried}
+    for model in first:
+        if model in lower or len(tried) == MOST_AT_ONCE:
+            continue
+        groups = np.flatnonzero(site.group_model == model)
+        group = int(groups[(period + 1) % groups.size])
+        present, places = int(caps[group]), site.path(group)
+        cap = worth_more(states[model], present, spare, places, GPUS)
         if cap is not None:
             tried[group] = cap
+            spare.take(places, GPUS, cap - present)
     return tried
 
 
@@ -162,13 +202,16 @@ def run_site(seed):
         )
     first_hulls = [s.hull() for s in states]
     ratios, crossed, drained = [], 0, 0
+    begun = np.zeros(MODELS, dtype=np.int64)
     for period in range(PERIODS):
-        caps, _ = site.clear([s.hull() for s in states])
-        tried = choose_tries(site, states, caps, period)
+        caps, clearing = site.clear([s.hull() for s in states])
+        tried = choose_tries(site, states, caps, clearing, period, begun)
+        begun[[site.group_model[group] for group in tried]] += 1
         # Where a rack does not carry the floors that are thought to be, a group is drained: it serves nobody.
         floors = np.array([states[m].safe_floor() for m in site.group_model])
         served = caps >= floors - 1000
         caps[list(tried)] = list(tried.values())
+        site.check(clearing, caps)
         drained += int((~served).sum())
         crossed += site.crossed(caps, served, period)
         made = np.where(served, site.made(caps, period), 0.0)

@@ -327,8 +327,9 @@ class TokenFactorySpec(Api, frozen=True, kw_only=True):
         Literal["Observe", "Explore"],
         Meta(
             description="Observe: what GPUs make of their watts is learned from the caps that limits and traffic give"
-            " them. Explore: now and then a model with an inter-token latency to keep is also tried at less, in one"
-            " domain and for some minutes, while all its latencies are at most half of what they may be."
+            " them. Explore: now and then a model with an inter-token latency to keep is also tried at less, or at"
+            " more with watts that nobody was sold, in one domain and for some minutes, while all its latencies"
+            " are at most half of what they may be."
         ),
     ] = "Observe"
 

@@ -101,7 +101,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     targets, caps = _patient(cleared, memory, snapshot.milliseconds / 1000)
     unreadable = bool(snapshot.unreadable)
     tries, targets, trying = try_caps(
-        Ground(world, grid, ledger, cleared, less.staffing, less, memory.lessons, targets), memory.tries
+        Ground(world, grid, ledger, cleared, less.staffing, less, memory.lessons, targets, spent.budgets),
+        memory.tries,
     )
     sheets = _sheets(ledger, charging, grid, targets, spent.budgets, may_rise=not unreadable)
     cutting, rising = _publish(world, sheets)

@@ -13,7 +13,8 @@ from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller import actions as act
 from tokenfactory.controller.plan.memory import Memory
-from tokenfactory.controller.plan.trying import MOST_PER_HOUR, Tries
+from tokenfactory.controller.plan.trying import Tries
+from tokenfactory.planning.power.tries import MOST_PER_HOUR
 
 KNEE = 450_000
 FLOOR_SHARE = 0.5

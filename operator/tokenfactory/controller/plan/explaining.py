@@ -140,7 +140,7 @@ def _why(
             f"; {waits[0]}" if waits else ""
         )
     tried = books.tries.at(sheets[-1].domain, gpu.class_name)
-    if tried is not None and lowest.domain == tried.domain and lowest.cap_milliwatts == tried.cap_milliwatts:
+    if tried is not None and lowest.cap_milliwatts == tried.cap_milliwatts:
         given = f"; the market gives {watts(market.cap_milliwatts)}" if market else ""
         return f"tried at {watts(now)} in {tried.domain} for some minutes, to learn its curve{given}"
     return _between(now, lowest, market, waits)

@@ -1,13 +1,16 @@
-"""Caps that are tried to learn a curve: for some minutes one class gets less than the market gives it, in one domain.
+"""Caps that are tried to learn a curve: for some minutes one class gets less than the market gives it, in one domain, or
+more.
 
-Only where its factory asks for it (`spec.learning: Explore`), only ever lower, and only while all is well: no budget
-depends on a try, and it ends at once when anything else wants attention. One try is one write of one leaf's sheet.
-A try that is forgotten (the operator restarts) ends; what it taught is in the profile, and the next goes on from there.
+Only where its factory asks for it (`spec.learning: Explore`) and only while all is well: a try ends at once when anything
+else wants attention. Down is one write of one leaf's sheet. Up goes with watts that nobody was sold, in every domain above
+and in every budget (see `planning/power/tries.py`), and like any raise only as far as the ledger lets it: what it refuses
+teaches nothing, and the try ends when its time is over. Where sheets above have to rise, those beside the path are held
+first. A try that is forgotten (the operator restarts) ends; what it taught is in the profile, and the next goes on there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -27,17 +30,29 @@ from tokenfactory.planning.power.governor import Allowance
 from tokenfactory.planning.power.learning import Learned
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.raises import Targets
+from tokenfactory.planning.power.spending import Budgets
 from tokenfactory.planning.power.steps import Step
+from tokenfactory.planning.power.tries import (
+    MOST_AT_ONCE,
+    MOST_PER_HOUR,
+    Spare,
+    are_held,
+    given,
+    gpus_in,
+    held_beside,
+    held_for,
+    left_over,
+    raised_in,
+    worth_more,
+)
 
 Owner = tuple[str, str, str]
 """(namespace, factory, model)."""
 LONGEST_MILLISECONDS: Final = 300_000
 """Two looks a minute apart teach a cap; an agent may be slow to set it."""
 HOUR_MILLISECONDS: Final = 3_600_000
-MOST_PER_HOUR: Final = 20
-"""Tries of one model, each at most two epochs of one sheet."""
-MOST_AT_ONCE: Final = 4
-"""In the whole site."""
+MOST_SHEETS: Final = 64
+"""Written at most twice for one try: where more would have to be held, nothing is tried upwards."""
 WELL: Final = 0.5
 """Of its SLO: no latency is worse while a cap is tried, nor is thought to become so by the next step. Well below where
 the watts of a cap that is in danger are lifted, so that no try is the reason for it."""
@@ -49,6 +64,7 @@ class Try:
     label: str
     cap_milliwatts: int
     since_milliseconds: int
+    upwards: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,14 +93,14 @@ class Ground:
     shed: Shed
     lessons: Lessons
     targets: Targets
+    budgets: Budgets
 
 
 def try_caps(ground: Ground, before: Tries) -> tuple[Tries, Targets, list[Action]]:
     """The tries of this round, the targets with them, and what there is to tell."""
     now = ground.world.snapshot.milliseconds
-    running: dict[Owner, Try] = {}
     begun: dict[Owner, tuple[int, ...]] = {}
-    told: list[Action] = []
+    well: dict[Owner, tuple[TokenFactory, ModelSpec]] = {}
     asking = [
         ((factory.metadata.namespace or "", factory.metadata.name, model.name), factory, model)
         for factory in ground.world.snapshot.factories.values()
@@ -94,42 +110,60 @@ def try_caps(ground: Ground, before: Tries) -> tuple[Tries, Targets, list[Action
     for owner, factory, model in sorted(asking, key=lambda each: each[0]):
         if recent := tuple(at for at in before.begun.get(owner, ()) if now - at < HOUR_MILLISECONDS):
             begun[owner] = recent
-        if not _all_is_well(ground, factory, model):
-            continue
-        present = before.running.get(owner)
-        if present is not None and _goes_on(ground, model, present):
+        if _all_is_well(ground, factory, model):
+            well[owner] = factory, model
+    running: dict[Owner, Try] = {}
+    # Those that draw more last: they go on only if there are watts for them beside all others.
+    for owner, present in sorted(before.running.items(), key=lambda each: (each[1].upwards, each[0])):
+        if owner in well and _goes_on(ground, well[owner][1], present, [*running.values(), present]):
             running[owner] = present
-            continue
-        others = len(running) + sum(other > owner for other in before.running)
-        if len(recent) >= MOST_PER_HOUR or others >= MOST_AT_ONCE:
+    told: list[Action] = []
+    for owner, (factory, model) in well.items():
+        recent = begun.get(owner, ())
+        if owner in running or len(recent) >= MOST_PER_HOUR or len(running) >= MOST_AT_ONCE:
             continue
         chosen = _choose(ground, owner, model, len(recent))
+        if chosen is None and factory.spec.efficiency is None:
+            chosen = _choose_more(ground, owner, model, len(recent), running.values())
         if chosen is not None:
             running[owner] = chosen
             begun[owner] = (*recent, now)
-            given = ground.targets[chosen.domain][chosen.label].cap
-            told.append(
-                Tell(
-                    factory,
-                    "CapTried",
-                    f"{model.name} in {chosen.domain} is tried at {watts(chosen.cap_milliwatts)} instead of "
-                    f"{watts(given)} for some minutes, to learn what its GPUs make of their watts",
-                )
-            )
+            told.append(_told(ground, factory, model, chosen))
     tries = Tries(running, begun)
-    return tries, _with_tries(ground.targets, tries), told
+    return tries, _with_tries(ground, ground.targets, running.values(), at_once=False), told
 
 
-def _with_tries(targets: Targets, tries: Tries) -> Targets:
-    """Only ever lower, and only in the domains where something is tried."""
+def _told(ground: Ground, factory: TokenFactory, model: ModelSpec, chosen: Try) -> Tell:
+    return Tell(
+        factory,
+        "CapTried",
+        f"{model.name} in {chosen.domain} is tried at {watts(chosen.cap_milliwatts)} instead of "
+        f"{watts(_given(ground, chosen.domain, chosen.label))} for some minutes, to learn what its GPUs make of their watts",
+    )
+
+
+def _given(ground: Ground, domain: str, label: str) -> int:
+    """What the sheets of the whole path are to give."""
+    return given(ground.targets, ground.ledger.path(domain), label)
+
+
+def _with_tries(ground: Ground, targets: Targets, tries: Iterable[Try], *, at_once: bool) -> Targets:
+    """Less in the domains where less is tried; more in one domain alone, and there only once the others are held.
+
+    `at_once` is how it will be then.
+    """
     changed = dict(targets)
-    for each in tries.running.values():
-        caps = dict(changed.get(each.domain, {}))
-        given = caps.get(each.label)
-        if given is not None and each.cap_milliwatts < given.cap:
-            cap = each.cap_milliwatts
-            caps[each.label] = Allowance(cap, min(cap, given.fallback))
-            changed[each.domain] = caps
+    for each in tries:
+        where = each.domain, each.label
+        if not each.upwards:
+            caps = changed.get(each.domain, {})
+            if each.label in caps and each.cap_milliwatts < caps[each.label].cap:
+                lower = Allowance(each.cap_milliwatts, min(each.cap_milliwatts, caps[each.label].fallback))
+                changed[each.domain] = {**caps, each.label: lower}
+        elif at_once or are_held(ground.ledger, changed, *where):
+            changed = dict(raised_in(ground.ledger, changed, *where, each.cap_milliwatts))
+        else:
+            changed = dict(held_for(ground.ledger, changed, *where))
     return changed
 
 
@@ -153,12 +187,17 @@ def _all_is_well(ground: Ground, factory: TokenFactory, model: ModelSpec) -> boo
     return bool(mine) and all(each.ready for each in mine) and whole(mine) == decision.replicas
 
 
-def _goes_on(ground: Ground, model: ModelSpec, present: Try) -> bool:
-    """Until the cap is known, its time is over, the market gives no more than that, or its domain is not well."""
+def _goes_on(ground: Ground, model: ModelSpec, present: Try, tries: Sequence[Try]) -> bool:
+    """Until the cap is known, its time is over, the market has caught up with it, there are no watts left for it, or its
+    domain is not well.
+    """
     if ground.world.snapshot.milliseconds - present.since_milliseconds > LONGEST_MILLISECONDS:
         return False
-    given = ground.targets.get(present.domain, {}).get(present.label)
-    if given is None or given.cap <= present.cap_milliwatts or not _domain_is_well(ground, present.domain):
+    now = _given(ground, present.domain, present.label)
+    differs = 0 < now < present.cap_milliwatts if present.upwards else present.cap_milliwatts < now
+    if not differs or not _domain_is_well(ground, present.domain):
+        return False
+    if present.upwards and not _fits(ground, present, tries):
         return False
     state = _state(ground, names.class_owner(present.label), model, names.class_product(present.label))
     return state is not None and not state.knows(present.cap_milliwatts)
@@ -183,25 +222,82 @@ def _choose(ground: Ground, owner: Owner, model: ModelSpec, turn: int) -> Try | 
     places = sorted(ground.world.standing.get(owner, ()))
     for offset in range(len(places)):
         domain, label = places[(turn + offset) % len(places)]
-        given = ground.targets.get(domain, {}).get(label)
         state = _state(ground, owner, model, names.class_product(label))
-        if given is None or state is None or not _at_rest(ground, domain, label, given.cap):
+        if state is None or not _at_rest(ground, domain, label):
             continue
-        cap = state.next_try(given.cap, again=True)
+        cap = state.next_try(_given(ground, domain, label), again=True)
         hull = ground.cleared.hulls[label]
         if cap is not None and cap >= hull.milliwatts[hull.floor]:
             return Try(domain, label, cap, ground.world.snapshot.milliseconds)
     return None
 
 
-def _at_rest(ground: Ground, domain: str, label: str, cap: int) -> bool:
+def _choose_more(
+    ground: Ground, owner: Owner, model: ModelSpec, turn: int, running: Collection[Try]
+) -> Try | None:
+    """The same upwards, with watts that are left in the whole path and in all that its factory pays from."""
+    standing = ground.world.standing.get(owner, frozenset())
+    places = sorted(standing)
+    spare: Spare | None = None
+    for offset in range(len(places)):
+        domain, label = places[(turn + offset) % len(places)]
+        state = _state(ground, owner, model, names.class_product(label))
+        if state is None or not _at_rest(ground, domain, label) or not _alone(ground, domain, label):
+            continue
+        spare = spare or _left_over(ground, running)
+        present, gpus = _given(ground, domain, label), gpus_in(ground.ledger, domain, label)
+        cap = worth_more(state, present, spare, _drawn_from(ground, domain, label), gpus)
+        if cap is None:
+            continue
+        chosen = Try(domain, label, cap, ground.world.snapshot.milliseconds, upwards=True)
+        if _fits(ground, chosen, (*running, chosen)):
+            return chosen
+    return None
+
+
+def _alone(ground: Ground, domain: str, label: str) -> bool:
+    """Whether the class can have more there and nowhere else: none of it stands in a domain above, and not too many
+    sheets, all of agents that obey, have to be held.
+    """
+    above = ground.ledger.path(domain)[:-1]
+    standing = ground.world.standing.get(names.class_owner(label) or ("", "", ""), ())
+    held = held_beside(ground.ledger, ground.targets, domain, label)
+    return (
+        not any((name, label) in standing for name in above)
+        and len(held) + len(above) < MOST_SHEETS
+        and all(_obeys(ground.world, host) for name in held for host in ground.world.under.get(name, ()))
+    )
+
+
+def _left_over(ground: Ground, tries: Collection[Try]) -> Spare:
+    """Beside what the market wants at last and what the sheets are to say now, each with the tries."""
+    assert ground.cleared is not None
+    wishes = [
+        _with_tries(ground, targets, tries, at_once=True)
+        for targets in (ground.targets, ground.cleared.targets)
+    ]
+    return left_over(ground.ledger, ground.budgets, wishes)
+
+
+def _fits(ground: Ground, each: Try, tries: Collection[Try]) -> bool:
+    return _left_over(ground, tries).each(_drawn_from(ground, each.domain, each.label), 1) >= 0
+
+
+def _drawn_from(ground: Ground, domain: str, label: str) -> tuple[str, ...]:
+    """The domains and the budgets that bear what a class draws there."""
+    path = ground.ledger.path(domain)
+    return (*path, *ground.budgets.paying(label, path))
+
+
+def _at_rest(ground: Ground, domain: str, label: str) -> bool:
     """Its sheets say what they should, everybody has read them back, and its replicas there are full."""
     world, ledger = ground.world, ground.ledger
     if not _domain_is_well(ground, domain) or not all(world.obeyed(host) for host in world.under[domain]):
         return False
     sheet = ledger.sheets.get(domain)
     caps = ledger.caps_since(domain, sheet.spec.epoch) if sheet is not None else None
-    if caps is None or not caps.get(label, 0) <= cap:
+    meant = ground.targets.get(domain, {}).get(label)
+    if caps is None or meant is None or caps.get(label, 0) > meant.cap:
         return False
     there = [replica for host in world.under[domain] for replica in _granted(world, host, label)]
     return any(is_full(world.meters[each.uid][1]) for each in there if each.uid in world.meters)

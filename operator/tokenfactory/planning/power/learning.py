@@ -42,6 +42,10 @@ ABSURD = 1e8
 SLOWER = 0.08
 DOUBT = 0.5
 KNOWN_WEIGHT = 2.0
+# What was looked at once is worth another look from above when it weighs less: knees move.
+FORGOTTEN_WEIGHT = KNOWN_WEIGHT / 8
+# As a share of the tokens: less than this is not what more watts were tried for.
+MORE = 0.01
 # Below this confidence nothing that was learned is planned with.
 SURE_ENOUGH = 0.5
 RECALLED_WEIGHT = 2 * KNOWN_WEIGHT
@@ -177,6 +181,21 @@ class Learned:
         if (cap is None or self.knows(cap)) and again:
             cap = self.least_known(present_milliwatts)
         return cap if cap is not None and cap < present_milliwatts and not self.knows(cap) else None
+
+    def next_try_up(self, present_milliwatts: int, highest_milliwatts: int) -> int | None:
+        """A cap above the present one that is worth a look, at most the highest that there are watts for; None: none is.
+
+        One step above all that was looked at. Where two steps in a row brought no more tokens it is flat, as the
+        catalogue says, until that was forgotten. No latency is in danger, so how steep it is does not matter.
+        """
+        seen = self.caps[self.weight >= FORGOTTEN_WEIGHT]
+        top = int(max(seen.max(initial=present_milliwatts), present_milliwatts))
+        tokens = self.estimate()
+        at = min(max(round((top - self.minimum_milliwatts) / GRID_MILLIWATTS), 0), tokens.size - 1)
+        useful = self.caps[int(np.argmax(tokens >= (1 - MORE) * tokens[at]))]
+        cap = min(int(top * (1 + LONGEST_STEP)) // 1000 * 1000, self.maximum_milliwatts)
+        flat = top >= useful * (1 + LONGEST_STEP) ** 2 - GRID_MILLIWATTS
+        return cap if not flat and top < cap <= highest_milliwatts else None
 
     def knows(self, cap_milliwatts: int) -> bool:
         """Whether just this cap was seen well enough."""

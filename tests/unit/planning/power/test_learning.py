@@ -131,6 +131,51 @@ def test_the_least_known_cap_is_far_from_the_known_ones_and_above_the_floor():
     assert known.least_known() is None
 
 
+def useful(state):
+    tokens = state.estimate()
+    return int(state.caps[np.argmax(tokens >= 0.999 * tokens.max())])
+
+
+def looked_up(state, truth, highest=HIGH, periods=12):
+    """Each period one group at the least watts for all the tokens, and one at whatever more is worth a look."""
+    tried = []
+    for _ in range(periods):
+        present = useful(state)
+        caps = [present, *filter(None, [state.next_try_up(present, highest)])]
+        tried += caps[1:]
+        state = learn(state, [Observation(cap, truth(cap), 8) for cap in caps])
+    return state, tried
+
+
+def test_where_more_watts_bring_no_more_tokens_two_looks_are_enough():
+    start = learn(fresh(), [Observation(500_000, 800.0, 8)] * 2)
+    state, tried = looked_up(start, lambda cap: true_tokens(cap, 450_000))
+    assert tried == [530_000, 561_000]
+    for _ in range(40):
+        state = learn(state, [Observation(500_000, 800.0, 8)])
+    assert state.next_try_up(500_000, HIGH) == 530_000, "knees move: what was forgotten is looked at again"
+
+
+def test_a_second_knee_above_what_the_catalogue_asks_for_is_climbed_to():
+    start = learn(fresh(), [Observation(500_000, 800.0, 8)] * 2)
+    state, tried = looked_up(start, lambda cap: 800.0 + 200 * min(max((cap - 500_000) / 100_000, 0), 1))
+    assert len(tried) <= 6
+    assert useful(state) == pytest.approx(600_000, rel=0.03)
+    assert at(state, 600_000) == pytest.approx(1000, rel=0.02)
+
+
+@given(
+    st.integers(LOW, HIGH),
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(LOW, HIGH), st.floats(1, 2000))),
+)
+@settings(deadline=None, max_examples=int(os.environ.get("MARKET_EXAMPLES", "60")))
+def test_more_is_tried_only_as_far_as_there_are_watts_and_the_gpu_goes(present, highest, rows):
+    state = learn(fresh(), [Observation(cap, tokens, 8) for cap, tokens in rows])
+    cap = state.next_try_up(present, highest)
+    assert cap is None or present < cap <= min(highest, HIGH)
+
+
 @given(
     st.lists(
         st.tuples(
@@ -190,7 +235,7 @@ def test_given_points_are_bent_to_what_was_seen_at_every_load_and_trusted_no_fur
     assert bend(given, ()) == tuple(given)
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.4, 0.9), steep=st.floats(0.5, 2.5))
 def test_a_try_is_below_what_the_market_gives_and_never_below_the_floor(seed, share, steep):
     """From the top down: what is tried is seen, until there is nothing left to try."""
