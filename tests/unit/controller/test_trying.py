@@ -160,3 +160,16 @@ def test_no_more_is_tried_in_an_hour_than_is_allowed(at_a_try: SmallWorld):
     assert tried(world) == before
     live(world, 4)
     assert tried(world) > before
+
+
+def test_nothing_is_tried_where_a_latency_takes_more_than_half_of_its_slo():
+    """32 ms of 60 at full speed: within the SLO, and too near it to be tried with less."""
+    near = model(
+        image=LLAMA_70B, replicas=(2, 2), slo={"interTokenLatency": "60ms", "timeToFirstToken": "1s"}
+    )
+    world = SmallWorld.of(1, hall("9kW", reserve="0%"), factory(near, learning="Explore"))
+    world.meters = Serving(world)
+    live(world, 6)
+    assert model_of(world).ready == 2
+    assert not world.memory.tries.running
+    assert tried(world) == 0

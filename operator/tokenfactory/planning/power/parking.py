@@ -229,45 +229,69 @@ def _may_park(classes: tuple[PowerClass, ...], fleet: Fleet) -> IntArray:
     return spare
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The replicas of a class that one domain binds, and what they have."""
+
+    each: PowerClass
+    count: int
+    watts: int
+    """Milliwatts above the minimum, of all together."""
+    cap: int
+    spare: int
+    """How many of them may be parked."""
+
+
 def _one_round(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntArray:
     """GPUs to park in addition, by pair."""
-    market, caps = clearing.market, clearing.caps
-    classes, fleet = market.order.goods.classes, market.fleet
-    more = np.zeros(caps.size, dtype=np.int64)
-    left = _left(clearing, parked, may_park)
-    for number, members in _groups(clearing, caught_on_a_cliff(clearing)):
-        each = classes[number]
-        replicas = fleet.gpus[members] // each.gpus_per_replica
-        low, high = each.milliwatts[0], each.milliwatts[1]
-        watts = int((fleet.gpus[members] * (caps[members] - low)).sum())
-        carried = min(watts // (each.gpus_per_replica * (high - low)), int(replicas.sum()))
-        to_park = min(int(replicas.sum()) - carried, int(left[number]))
-        if to_park > 0:
-            left[number] -= to_park
-            more[members] = _share_out(to_park, replicas) * each.gpus_per_replica
-    return more
+    return _all_but(_at_the_end, clearing, parked, may_park, caught_on_a_cliff(clearing))
+
+
+def _at_the_end(group: _Group) -> int:
+    """As many replicas as the watts carry over the first stretch."""
+    low, high = group.each.milliwatts[:2]
+    return min(group.watts // (group.each.gpus_per_replica * (high - low)), group.count)
 
 
 def _over_bridges(clearing: Clearing, parked: IntArray, may_park: IntArray) -> IntArray:
     """GPUs to park, by pair, so that the others get over a bridge on which their watts bring little."""
+    return _all_but(_beyond_the_bridge, clearing, parked, may_park, _on_bridges(clearing))
+
+
+def _beyond_the_bridge(group: _Group) -> int:
+    """As many replicas as make most at the end of any stretch further up; all, if none makes more."""
+    each, carried = group.each, group.count
+    most = group.count * each.tokens_at(group.cap)
+    for end, tokens in zip(each.milliwatts, each.tokens, strict=True):
+        above = each.gpus_per_replica * (end - each.milliwatts[0])
+        running = group.watts // above if end > group.cap else 0
+        if group.count - group.spare <= running < group.count and running * tokens > most:
+            carried, most = running, running * tokens
+    return carried
+
+
+def _all_but(
+    carried: Callable[[_Group], int],
+    clearing: Clearing,
+    parked: IntArray,
+    may_park: IntArray,
+    which: BoolArray,
+) -> IntArray:
+    """GPUs to park, by pair: of every group among those that are meant, the replicas that are not carried."""
     market, caps = clearing.market, clearing.caps
     classes, fleet = market.order.goods.classes, market.fleet
     more = np.zeros(caps.size, dtype=np.int64)
     left = _left(clearing, parked, may_park)
-    for number, members in _groups(clearing, _on_bridges(clearing)):
+    for number, members in _groups(clearing, which):
         each = classes[number]
         replicas = fleet.gpus[members] // each.gpus_per_replica
-        cap = int(caps[members].min())
         watts = int((fleet.gpus[members] * (caps[members] - each.milliwatts[0])).sum())
-        count = carried = int(replicas.sum())
-        most = count * each.tokens_at(cap)
-        for end, tokens in zip(each.milliwatts, each.tokens, strict=True):
-            running = watts // (each.gpus_per_replica * (end - each.milliwatts[0])) if end > cap else 0
-            if count - int(left[number]) <= running < count and running * tokens > most:
-                carried, most = running, running * tokens
-        if carried < count:
-            left[number] -= count - carried
-            more[members] = _share_out(count - carried, replicas) * each.gpus_per_replica
+        cap, spare = int(caps[members].min()), int(left[number])
+        group = _Group(each, int(replicas.sum()), watts, cap, spare)
+        to_park = min(group.count - carried(group), spare)
+        if to_park > 0:
+            left[number] -= to_park
+            more[members] = _share_out(to_park, replicas) * each.gpus_per_replica
     return more
 
 
