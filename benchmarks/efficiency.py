@@ -55,12 +55,22 @@ MINUTES = 30 if QUICK else 59
 COPIES = int(os.environ.get("COPIES", "4" if QUICK else "10"))
 MOST = 10 if QUICK else 24
 FIRST_TOKEN, LATENCY = 1.0, 0.05
-ASKED = ((1.0, 1.0), (0.9, 1.0), (0.75, 1.0), (0.7, 1.0), (0.65, 1.0), (0.85, 0.85), (0.62, 0.9), (0.5, 1.0))
+ASKED = (
+    (1.0, 1.0),
+    (0.95, 1.0),
+    (0.9, 1.0),
+    (0.8, 1.0),
+    (0.75, 1.0),
+    (0.7, 1.0),
+    (0.85, 0.85),
+    (0.62, 0.9),
+    (0.5, 1.0),
+)
 """Parts of the SLO, first token and between tokens, that ours is asked for: what its user turns, as the HPA's turns its
 target. The first is the SLO itself."""
 TARGETS = (12, 16, 24, 32, 40, 48)
 if QUICK:
-    ASKED, TARGETS = (ASKED[0], ASKED[1], ASKED[2], ASKED[4], ASKED[-1]), (16, 24, 32)
+    ASKED, TARGETS = (ASKED[0], ASKED[2], ASKED[3], ASKED[5], ASKED[-1]), (16, 24, 32)
 TRACE = Path(
     os.environ.get("TRACE")
     or Path(__file__).resolve().parents[2] / "shared" / "data" / "llm_requests_conversation_2023.csv"

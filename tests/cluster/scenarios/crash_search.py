@@ -19,6 +19,7 @@ import multiprocessing
 import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -448,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.done.append(line["key"])
             score.deaths.update(line["deaths"])
     began = time.monotonic()
+    # Asked to end, as when interrupted: workers left behind would go on alone, each with its site.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="crash-"))
     try:
         search(options, record, folder, score)

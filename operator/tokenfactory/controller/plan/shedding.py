@@ -21,6 +21,7 @@ from tokenfactory.controller.plan.hulls import find_model
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.supplying import Supply
 from tokenfactory.controller.plan.world import Replica, World
+from tokenfactory.controller.workloads import workload_called
 from tokenfactory.kube.resources import Key, key_of
 from tokenfactory.planning.power.steps import (
     Held,
@@ -219,7 +220,7 @@ def _counts(
         count = ceiling
         if waiting:
             (namespace, factory), model = slot
-            held = world.snapshot.deployments.get((namespace, f"{factory}-{model}"))
+            held = world.snapshot.deployments.get((namespace, workload_called(factory, model)))
             said = held.spec.get("replicas") if held is not None else None
             count = max(count, min(decision.replicas, said if isinstance(said, int) else decision.replicas))
         if count < decision.replicas:
