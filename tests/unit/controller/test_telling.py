@@ -1,7 +1,10 @@
 """What people are told, and when it is worth a write."""
 
 import pytest
+from tests.unit.controller.manifests import factory, hall, model
+from tests.unit.controller.small_world import SmallWorld
 
+from tokenfactory.api import names
 from tokenfactory.controller.plan.status import steady
 
 
@@ -23,3 +26,27 @@ from tokenfactory.controller.plan.status import steady
 )
 def test_a_measured_figure_is_told_again_only_when_it_has_moved(before: str, after: str, told: str):
     assert steady(before, after) == told
+
+
+def test_what_is_told_of_a_model_looks_at_its_own_classes_only(monkeypatch: pytest.MonkeyPatch):
+    """Twice the models take about twice as long to tell of, not four times."""
+
+    def parsed(count: int) -> int:
+        """How often the owner of a class is asked for, in a plan of a site with so many models at work."""
+        models = [model(f"m{number}", gpusPerReplica=1, replicas=(1, 1)) for number in range(count)]
+        world = SmallWorld.of(2, hall("40kW"), factory(*models))
+        world.settle()
+        assert len(world.ready_pods()) == count
+        asked: list[str] = []
+        owner_of = names.class_owner
+
+        def counted(name: str) -> tuple[str, str, str] | None:
+            asked.append(name)
+            return owner_of(name)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(names, "class_owner", counted)
+            world.plan()
+        return len(asked)
+
+    assert parsed(16) < 2.5 * parsed(8)

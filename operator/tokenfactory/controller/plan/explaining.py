@@ -170,12 +170,10 @@ def _between(now: int, lowest: SheetSays, market: Explanation | None, waits: tup
 
 def model_bound_by(books: Books, owner: tuple[str, str, str]) -> str:
     """What binds a model's GPUs where their limit is lowest; empty while none runs."""
+    world = books.world
+    standing = (world.lowest[label] for label in world.labels_of.get(owner, ()))
     lowest = min(
-        (
-            (gpu.enforced_milliwatts, host.name, gpu.index, host, gpu)
-            for label, (host, gpu) in books.world.lowest.items()
-            if names.class_owner(label) == owner
-        ),
+        ((gpu.enforced_milliwatts, host.name, gpu.index, host, gpu) for host, gpu in standing),
         key=lambda each: each[:3],
         default=None,
     )

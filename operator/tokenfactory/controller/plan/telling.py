@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from tokenfactory.api import names
 from tokenfactory.api.gpu_node import PodMeter
 from tokenfactory.api.meta import Condition, Resource
 from tokenfactory.api.power_domain import PowerDomain, PowerDomainStatus, Waiting
@@ -201,12 +200,7 @@ def _model_status(books: Books, factory: TokenFactory, model: ModelSpec, facts: 
     mine = [replica for replica in facts.replicas if replica.model.name == model.name]
     metered = facts.metered(model)
     per_joule = _since_start(metered)
-    caps = {
-        cap
-        for label, limits in books.world.enforced.items()
-        if names.class_owner(label) == owner
-        for cap in limits
-    }
+    caps = {cap for label in books.world.labels_of.get(owner, ()) for cap in books.world.enforced[label]}
     return ModelStatus(
         name=model.name,
         desired=books.staffing.count(key_of(factory), model.name),

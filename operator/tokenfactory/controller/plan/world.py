@@ -197,6 +197,16 @@ class World:
         return found
 
     @cached_property
+    def labels_of(self) -> Mapping[tuple[str, str, str], tuple[str, ...]]:
+        """(namespace, factory, model) → its classes that GPUs read a limit back for: one on each product."""
+        found: dict[tuple[str, str, str], list[str]] = {}
+        for label in self.lowest:
+            owner = names.class_owner(label)
+            if owner is not None:
+                found.setdefault(owner, []).append(label)
+        return {owner: tuple(labels) for owner, labels in found.items()}
+
+    @cached_property
     def standing(self) -> Mapping[tuple[str, str, str], frozenset[tuple[str, str]]]:
         """(namespace, factory, model) → the (domain, class) pairs that it is granted in."""
         found: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
