@@ -18,6 +18,21 @@ from tokenfactory.twin import cluster_folder, components, toolchain
 from tokenfactory.twin.components import ClusterError, Plan
 
 
+def token_pod(namespace: str, name: str, service_account: str, node: str) -> dict[str, Any]:
+    """A pod on a node that runs nothing: a token bound to it carries the node's name, which admission policies read."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "serviceAccountName": service_account,
+            "nodeName": node,
+            "tolerations": [{"operator": "Exists"}],
+            "containers": [{"name": "main", "image": "tokenfactory.dev/none"}],
+        },
+    }
+
+
 class Access:
     """What a cluster answers, whoever asks. Running or not is none of its business."""
 
@@ -130,17 +145,7 @@ class Access:
 
     def _make_pod(self, namespace: str, service_account: str, node_name: str) -> str:
         name = f"{service_account}-{node_name}"
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": {
-                "serviceAccountName": service_account,
-                "nodeName": node_name,
-                "tolerations": [{"operator": "Exists"}],
-                "containers": [{"name": "main", "image": "tokenfactory.dev/none"}],
-            },
-        }
+        pod = token_pod(namespace, name, service_account, node_name)
         status, answer = self.request("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
         if status not in {http.HTTPStatus.CREATED, http.HTTPStatus.CONFLICT}:
             raise ClusterError(

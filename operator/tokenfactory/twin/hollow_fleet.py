@@ -38,6 +38,7 @@ from tokenfactory.kube.credentials import Credentials
 from tokenfactory.kube.errors import ConflictError
 from tokenfactory.kube.lease import Heartbeat
 from tokenfactory.kube.sockets import keepalive_socket
+from tokenfactory.twin.access import token_pod
 from tokenfactory.twin.cluster import Cluster
 from tokenfactory.twin.components import ISSUER
 from tokenfactory.twin.fleet import AGENT_ACCOUNT, SYSTEM_NAMESPACE, NodePlan
@@ -339,17 +340,7 @@ async def _token(admin: Client, node: str) -> str:
     """As the token of the DaemonSet's pod on that node: the admission policy reads the node's name from it."""
     pods = f"/api/v1/namespaces/{SYSTEM_NAMESPACE}/pods"
     name = f"{AGENT_ACCOUNT}-{node}"
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": SYSTEM_NAMESPACE},
-        "spec": {
-            "serviceAccountName": AGENT_ACCOUNT,
-            "nodeName": node,
-            "tolerations": [{"operator": "Exists"}],
-            "containers": [{"name": "agent", "image": "tokenfactory.dev/none"}],
-        },
-    }
+    pod = token_pod(SYSTEM_NAMESPACE, name, AGENT_ACCOUNT, node)
     with contextlib.suppress(ConflictError):  # made by an earlier fleet of this cluster
         await admin.request("POST", pods, body=pod)
     spec = {

@@ -46,8 +46,6 @@ class Energy:
     generated_tokens: int
     serving_millijoules: int
     """GPUs of replicas that serve."""
-    standby_millijoules: int = 0
-    """Sleeping spares and parked GPUs that the factory holds."""
     recovery_millijoules: int = 0
     """Replicas that are starting or being restored."""
     overhead_millijoules: int = 0
@@ -56,7 +54,7 @@ class Energy:
     """Its share of the domain's other load."""
 
     def millijoules(self, scope: Scope) -> int:
-        gpus = self.serving_millijoules + self.standby_millijoules + self.recovery_millijoules
+        gpus = self.serving_millijoules + self.recovery_millijoules
         if scope == "GPU":
             return gpus
         node = gpus + self.overhead_millijoules
@@ -195,13 +193,6 @@ def _above_knee(case: _Case) -> tuple[str, str] | None:
     )
 
 
-def _standing_by(case: _Case) -> tuple[str, str] | None:
-    share = case.energy.standby_millijoules / case.whole
-    if share <= LARGE_SHARE:
-        return None
-    return "StandbyDraw", f"{share:.0%} of the joules are drawn by spares and parked GPUs: hold fewer"
-
-
 def _besides(case: _Case) -> tuple[str, str] | None:
     beside = case.energy.overhead_millijoules if case.scope != "GPU" else 0
     beside += case.energy.facility_millijoules if case.scope == "Facility" else 0
@@ -218,7 +209,6 @@ LEVERS: Final[tuple[Lever, ...]] = (
     _thin,
     _worse_product,
     _above_knee,
-    _standing_by,
     _besides,
 )
 

@@ -20,7 +20,7 @@ WELL = Situation(
 
 
 def test_every_joule_counts_as_far_as_the_scope_goes() -> None:
-    energy = Energy(60, 1_000, 400_000, 50_000, 50_000, 250_000, 250_000)
+    energy = Energy(60, 1_000, 400_000, 100_000, 250_000, 250_000)
     assert energy.tokens_per_joule("GPU") == pytest.approx(2.0)
     assert energy.tokens_per_joule("Node") == pytest.approx(1_000 / 750)
     assert energy.tokens_per_joule("Facility") == pytest.approx(1.0)
@@ -33,8 +33,8 @@ def test_met_and_missed_at_the_mark() -> None:
     assert missed.message.startswith("3.00 tokens/J of 3.01 (GPU): ")
 
 
-def test_recovery_and_standby_can_miss_the_target() -> None:
-    assert judge_efficiency(3.0, "GPU", replace(HOUR, standby_millijoules=1), WELL).status == "False"
+def test_recovery_can_miss_the_target() -> None:
+    assert judge_efficiency(3.0, "GPU", replace(HOUR, recovery_millijoules=1), WELL).status == "False"
     assert judge_efficiency(3.0, "GPU", replace(HOUR, recovery_millijoules=1), WELL).status == "False"
 
 
@@ -55,7 +55,6 @@ FIXES = {
         ),
     ),
     "CapsAboveKnee": (HOUR, replace(WELL, cap_milliwatts=700_000)),
-    "StandbyDraw": (replace(HOUR, standby_millijoules=300_000_000), WELL),
     "OverheadDraw": (replace(HOUR, overhead_millijoules=2_000_000_000), WELL),
     "BelowTarget": (HOUR, WELL),
 }
