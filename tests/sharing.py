@@ -15,16 +15,15 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = ("tests/node/",)
 LONGEST_FIRST = (
-    "tests/cluster/scenarios/test_other_hands.py",
-    "tests/cluster/scenarios/test_workloads.py",
     "tests/unit/planning/power/test_parking.py",
     "tests/cluster/scenarios/test_crashes.py",
-    "tests/unit/planning/placement/test_optimum.py",
+    "tests/cluster/scenarios/test_other_hands.py",
+    "tests/cluster/scenarios/test_workloads.py",
     "tests/cluster/scenarios/test_power.py",
     "tests/cluster/scenarios/test_life.py",
     "tests/node/",
+    "tests/unit/planning/placement/test_optimum.py",
     "tests/agent/test_agent_",
-    "tests/unit/controller/test_shedding.py",
     "tests/scale/",
     "tests/cluster/test_controlplane.py",
     "tests/unit/planning/power/test_zones.py",
