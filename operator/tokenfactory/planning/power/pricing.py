@@ -38,12 +38,15 @@ LEAST_SLOPE = 0.01
 TRIES = 6
 MORE_SPARE = 5.0
 # Clearings that all of it may take: a plan that comes too late is worth nothing.
-MOST_CLEARINGS = 1000
+MOST_CLEARINGS = 400
+# Where they were not enough: the steps in which a price passes all that is for sale, and clearings to raise all of them.
+RAISES = 21
+MOST_RAISES = 300
 
 
 def find_prices(site: Site, before: IntArray | None = None) -> Look:
     """The market at the right prices. `before`: prices (by purse and letter) that may be almost right."""
-    look = site.free()
+    look = nearest = site.free()
     budgets = site.least + site.room
     spare = site.slack.copy()
     for _ in range(TRIES):
@@ -54,12 +57,37 @@ def find_prices(site: Site, before: IntArray | None = None) -> Look:
             break
         spare[over & (look.prices != 0).any(axis=1)] *= MORE_SPARE
         look = _letter_by_letter(site, budgets - spare, before)
-    # Should no search have come to an end, a purse buys nothing rather than too much. What it leaves may overdraw
-    # another, so all are asked again.
+        nearest = min(nearest, look, key=lambda each: int(np.maximum(each.spent - budgets, 0).sum()))
+    look = _raised(site, nearest, budgets)
+    # A purse buys nothing rather than too much. What it leaves may overdraw another, so all are asked again.
     while (over := (look.spent > budgets) & (look.prices[:, 0] < PROHIBITIVE)).any():
         prices = look.prices.copy()
         prices[np.argmax(over)] = 0
         prices[np.argmax(over), 0] = PROHIBITIVE
+        look = site.look(prices)
+    return look
+
+
+def _raised(site: Site, look: Look, budgets: IntArray) -> Look:
+    """From the nearest that a search has come: the prices of what is still overdrawn rise until nothing is.
+
+    What one purse leaves may overdraw others, whose turn it is then. A purse's steps double, so that it has few to go: first
+    in the last letter, and in the one before that once its price there is above all that is for sale.
+    """
+    unit = [
+        int(site.goods.piece_ticks[site.letter == letter].max(initial=0)) for letter in range(site.letters)
+    ]
+    letters = [letter for letter in reversed(range(site.letters)) if unit[letter]]
+    steps = np.zeros(len(site.purses), dtype=np.int64)
+    for _ in range(MOST_RAISES):
+        over = np.flatnonzero((look.spent > budgets) & (steps < RAISES * len(letters)))
+        if not over.size:
+            break
+        prices = look.prices.copy()
+        for purse in over.tolist():
+            which, doubled = divmod(int(steps[purse]), RAISES)
+            prices[purse, letters[which]] += int(unit[letters[which]] * NARROW) << doubled
+        steps[over] += 1
         look = site.look(prices)
     return look
 

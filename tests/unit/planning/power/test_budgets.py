@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.planning.power import oracle, worlds
 
+from tokenfactory.planning.power import pricing
 from tokenfactory.planning.power.budgets import Purse, cut_at_root, settle
+from tokenfactory.planning.power.forest import Fleet, plant
+from tokenfactory.planning.power.goods import PowerClass, gather_goods
 
 
 def random_purses(market, limits, rng):
@@ -119,3 +122,40 @@ def test_a_lowered_budget_lands_with_one_write_to_the_roots_sheet(seed, share):
     assert (after[~mine] == clearing.caps[~mine]).all()
     # No deeper than it has to be: what rounding leaves is less than a milliwatt per GPU and cell.
     assert int((fleet.gpus * after)[mine].sum()) >= budget - 2 * int(fleet.gpus[mine].sum()) - 1
+
+
+def many_budgets(count, domains):
+    """Each over GPUs of one class in several of the domains; all domains bind, and so does their root."""
+    rng = np.random.default_rng(1)
+    forest = plant(np.array([-1] + [0] * domains), tuple(f"d{number:02}" for number in range(domains + 1)))
+    classes = []
+    for number in range(count):
+        worth = 1 + 0.3 * rng.random()
+        tokens = (0.0, worth * 600, worth * 900, worth * 1000)
+        caps = (200_000, 350_000, 500_000, 700_000)
+        classes.append(PowerClass(f"c{number:03}", 1, caps, tokens, factory=f"ns/f{number:03}"))
+    goods = gather_goods(tuple(classes))
+    pairs = [(1 + int(at), number) for number in range(count) for at in rng.choice(domains, 4, replace=False)]
+    where, which = np.array(sorted(pairs)).T
+    gpus = 8 * rng.integers(1, 11, where.size)
+    limits = forest.subtree_sums(np.bincount(where, gpus * 450_000, domains + 1).astype(np.int64))
+    limits[0] = limits[0] * 9 // 10
+    each = np.bincount(which, gpus, count)
+    room = 200_000 + 500_000 * (0.4 + 0.4 * rng.random(count))
+    purses = tuple(
+        Purse(f"p{number}", np.arange(count) == number, int(each[number] * room[number]))
+        for number in range(count)
+    )
+    return forest, goods, Fleet(where, which, gpus), np.zeros(domains + 1, dtype=np.int64), limits, purses
+
+
+def test_a_search_that_is_cut_short_sells_nearly_as_much_within_every_budget(monkeypatch):
+    site = many_budgets(40, 10)
+    whole = settle(*site)
+    for most in (30, 5):
+        monkeypatch.setattr(pricing, "MOST_CLEARINGS", most)
+        found = settle(*site)
+        assert found.clearings < most + 100
+        assert all(found.spent[each.name] <= each.milliwatts for each in site[-1])
+        assert (found.clearing.drawn <= site[-2]).all()
+        assert found.clearing.tokens() > 0.99 * whole.clearing.tokens()
