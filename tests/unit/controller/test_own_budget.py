@@ -6,7 +6,7 @@ What counts is what the simulated agents have set on the GPUs that the factory's
 import os
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, event, example, given, settings
 from hypothesis import strategies as st
 from tests.unit.controller import manifests
 from tests.unit.controller.manifests import LLAMA_70B, Manifest, domain, model, rack
@@ -176,6 +176,16 @@ def take(world: LateWorld, step: tuple[Any, ...]) -> None:
                 world.turn()
 
 
+THE_OTHER_WAY_ROUND: list[tuple[Any, ...]] = [
+    ("apply", "8kW", [llama("one", 100, 2), llama("two", 50, 2)], "chat", "hall"),
+    ("rounds", 12),
+    ("deaf", {"a1"}),
+    ("apply", "8kW", [llama("one", 50, 2), llama("two", 100, 2)], "chat", "hall"),
+    ("rounds", 12),
+]
+"""The agents of who is worth more now hear it, and those of who must fall do not."""
+
+
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -184,6 +194,7 @@ def take(world: LateWorld, step: tuple[Any, ...]) -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
 )
 @given(st.lists(steps, min_size=6, max_size=20))
+@example(THE_OTHER_WAY_ROUND)
 def test_no_walk_takes_a_factory_over_its_own_ceiling(walk: list[tuple[Any, ...]]):
     world = site()
     for step in walk:
