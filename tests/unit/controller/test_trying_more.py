@@ -2,15 +2,18 @@
 
 from datetime import timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from tests.unit.controller.manifests import LLAMA_70B, factory, hall, model, profile, rack
 from tests.unit.controller.small_world import H100, SmallWorld
 from tests.unit.controller.test_learning import Serving, live
 from tests.unit.controller.test_trying import label_cap, tried
+from tests.unit.planning.power.test_ledger import CHAT
+from tests.unit.planning.power.test_tries import Plant
 
 from tokenfactory.api.cap_sheet import CapSheet
-from tokenfactory.controller.plan.trying import Try
+from tokenfactory.controller.plan.trying import Try, _with_tries
 from tokenfactory.planning.power.tries import MOST_PER_HOUR
 
 THOUGHT = 450_000
@@ -148,6 +151,31 @@ def test_nothing_is_tried_upwards_where_its_watts_are_not_to_be_had(spec):
         live(world, 1)
         assert not upwards(world)
     assert tried(world) >= 2, "but lower caps are"
+
+
+def test_sheets_above_rise_only_once_those_beside_the_path_have_read_back_that_they_are_held():
+    caps = {
+        "hall": 400,
+        "row-1": 500,
+        "row-2": 400,
+        "rack-a": 600,
+        "rack-b": 450,
+        "rack-c": 300,
+        "rack-d": 300,
+    }
+    plant = Plant(caps, {})
+    more = Try("rack-a", CHAT, 520_000, 0, upwards=True)
+
+    def with_it():
+        return _with_tries(SimpleNamespace(ledger=plant.ledger()), plant.targets, [more], at_once=False)
+
+    for _ in range(2):
+        said = {name: of[CHAT].cap // 1000 for name, of in with_it().items()}
+        assert said == {**caps, "rack-b": 400}
+        plant.publish(with_it())
+    plant.acknowledge()
+    said = {name: of[CHAT].cap // 1000 for name, of in with_it().items()}
+    assert said == {**caps, "hall": 520, "row-1": 520, "rack-b": 400}
 
 
 def test_where_the_profile_is_right_two_looks_are_enough():

@@ -25,7 +25,7 @@ KEEP = 0.93
 REACH = 0.02
 # The catalogue weighs as much as this many GPU periods.
 PRIOR_WEIGHT = 0.5
-# Tokens lost per share of cap, on the steepest cliff that is thought possible.
+# Share of all tokens lost per share of cap, on the steepest cliff that is thought possible.
 STEEPEST = 3.0
 # What must be left of the latency's room: noise and a knee that moves between two looks.
 ROOM = 0.06
@@ -149,7 +149,8 @@ class Learned:
             if needed <= 0 or self.weight[near].sum() < KNOWN_WEIGHT / 2:
                 return None  # the present floor itself was not looked at yet
             # However steep the cliff: what is thought to be left after a step must be enough.
-            step = (self.estimate()[at] / needed - (1 + ROOM + DOUBTED)) / STEEPEST
+            tokens = self.estimate()
+            step = (tokens[at] - needed * (1 + ROOM + DOUBTED)) / tokens[-1] / STEEPEST
         lower = int(floor * (1 - min(step, LONGEST_STEP))) // 1000 * 1000
         return lower if step >= STEP and lower >= self.minimum_milliwatts else None
 
