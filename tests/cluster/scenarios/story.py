@@ -287,7 +287,10 @@ async def fresh(mortal: Mortal, steps: tuple[Change, ...]) -> dict[str, Any]:
 
 
 async def told(mortal: Mortal) -> None:
-    """Until the operator has seen what there is now, and has nothing more to write about it."""
+    """Until the operator has seen what there is now, what it started serves, and it has nothing more to write.
+
+    On a busy machine a pod may be silent for long before it serves: that nothing is written then is no rest.
+    """
     scene = mortal.scene
 
     async def seen() -> bool:
@@ -297,6 +300,7 @@ async def told(mortal: Mortal) -> None:
         ]
         return all(
             each.get("status", {}).get("observedGeneration") == each["metadata"]["generation"]
+            and "Starting" not in {it["reason"] for it in each["status"].get("conditions", ())}
             for each in found
         )
 

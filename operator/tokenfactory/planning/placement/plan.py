@@ -37,7 +37,7 @@ def plan_placement(snapshot: Snapshot, effort: int | None = None) -> PlacementPl
 
 def _effort(nodes: int, pods: int) -> int:
     """Small clusters are searched well; in large ones the greedy pass is near enough, and time matters."""
-    return min(6_000, 100 * nodes * pods) if nodes * pods <= SMALL_CLUSTER else 200
+    return min(12_000, 100 * nodes * pods) if nodes * pods <= SMALL_CLUSTER else 200
 
 
 def _units(fleet: Fleet, pods: tuple[PodRequest, ...]) -> tuple[Unit, ...]:
