@@ -210,7 +210,8 @@ class CheckpointPolicy(Api, frozen=True, kw_only=True):
     strategy: Annotated[
         Literal["WarmCache", "ProcessImage", "HotSpare"],
         Meta(
-            description="WarmCache: weights and engines. ProcessImage: one GPU, probed. HotSpare: costs standby watts."
+            description="WarmCache: weights and engines. Planned: ProcessImage (one GPU, probed; until then like WarmCache)"
+            " and HotSpare (costs standby watts; until then a cold start)."
         ),
     ] = "WarmCache"
     every: Annotated[

@@ -102,7 +102,7 @@ class CheckpointCollector:
         return CheckpointSpec(
             factory=factory.metadata.name,
             model=model.name,
-            strategy=model.checkpoint.strategy,
+            strategy="WarmCache",  # How it was saved, whatever was asked for.
             identity=Identity(
                 model=saved.identity.get("image", ""),
                 gpu_product=gpus[0].product if gpus else "",
