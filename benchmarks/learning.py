@@ -3,10 +3,13 @@
 Twelve models on 24 racks of 32 GPUs. The true curves are hidden (flat then cliff, two knees, drifting); the
 catalogue's guess is off in scale (±30 %) and in where the cliff is. Every board's sensor is off by up to ±5 %,
 every reading noisy. In each period the market clears with what is learned, a few groups are tried
-at less than it gives them or at more (`Learned.next_try`, `worth_more`, as many as the operator tries), and what each
+at less than it gives them or at more (`Learned.next_try`, `next_try_up`, as many as the operator tries), and what each
 group then makes is fed back. More is tried only with watts that nobody was sold and with what the other tries leave: that
 every domain stays within its limit is asserted in every period. A floor counts as crossed when a served group is, without noise, slower
-than its SLO. Beside it: the catalogue alone, and a uniform cap.
+than its SLO. Beside it: without tries, the catalogue alone, and a uniform cap.
+
+What is measured is learning itself. The operator asks for more before it tries anything (every latency at most half of its
+SLO, a factory that wants it), and plans with a profile's points bent to what was seen instead of `Learned.hull()`.
 """
 
 import sys
@@ -19,7 +22,7 @@ from tokenfactory.planning.power.goods import gather_goods, put_in_order
 from tokenfactory.planning.power.learning import Observation, begin, learn
 from tokenfactory.planning.power.market import Market
 from tokenfactory.planning.power.profile import hull_of_curve
-from tokenfactory.planning.power.tries import MOST_AT_ONCE, MOST_PER_HOUR, Spare, worth_more
+from tokenfactory.planning.power.tries import MOST_AT_ONCE, MOST_PER_HOUR, Spare
 
 SEED = 20261121
 PERIODS = 30
@@ -177,14 +180,14 @@ def choose_tries(site, states, caps, clearing, period, begun):
         groups = np.flatnonzero(site.group_model == model)
         group = int(groups[(period + 1) % groups.size])
         present, places = int(caps[group]), site.path(group)
-        cap = worth_more(states[model], present, spare, places, GPUS)
+        cap = states[model].next_try_up(present, present + spare.each(places, GPUS))
         if cap is not None:
             tried[group] = cap
             spare.take(places, GPUS, cap - present)
     return tried
 
 
-def run_site(seed):
+def run_site(seed, *, tries=True):
     rng = np.random.default_rng(seed)
     site = Site(rng)
     states = []
@@ -205,7 +208,7 @@ def run_site(seed):
     begun = np.zeros(MODELS, dtype=np.int64)
     for period in range(PERIODS):
         caps, clearing = site.clear([s.hull() for s in states])
-        tried = choose_tries(site, states, caps, clearing, period, begun)
+        tried = choose_tries(site, states, caps, clearing, period, begun) if tries else {}
         begun[[site.group_model[group] for group in tried]] += 1
         # Where a rack does not carry the floors that are thought to be, a group is drained: it serves nobody.
         floors = np.array([states[m].safe_floor() for m in site.group_model])
@@ -253,6 +256,9 @@ def main() -> int:
     report.add("share_of_group_periods_drained", sum(r[5] for r in everything) / periods, "")
     report.add("ratio_first_period", float(np.mean([r[0][0] for r in everything])), "")
     report.add("ratio_period_10", float(np.mean([r[0][9] for r in everything])), "")
+    untried = [float(np.mean(run_site(SEED + i, tries=False)[0][-3:])) for i in range(SITES)]
+    report.add("ratio_without_tries", float(np.mean(untried)), "")
+    report.add("ratio_without_tries_worst_site", min(untried), "")
     report.add("ratio_catalogue_alone", float(np.mean([r[2] for r in everything])), "")
     report.add("ratio_uniform_cap", float(np.mean([r[3] for r in everything])), "")
     report.add("confidence", float(np.mean([r[4] for r in everything])), "")

@@ -6,9 +6,11 @@ What counts is what the simulated agents have set on the GPUs that the factory's
 import os
 from typing import Any
 
+import msgspec
+import pytest
 from hypothesis import HealthCheck, Phase, event, example, given, settings
 from hypothesis import strategies as st
-from tests.unit.controller import manifests
+from tests.unit.controller import manifests, small_world
 from tests.unit.controller.manifests import LLAMA_70B, Manifest, domain, model, rack
 from tests.unit.controller.small_agent import Agent
 from tests.unit.controller.small_world import SmallWorld
@@ -334,3 +336,58 @@ def test_a_node_that_moves_leaves_its_old_rack_once_the_budget_bears_what_it_may
     assert (moved.path, moved.former_paths) == (("hall", "rack-b"), ())
     assert len(caps_of(world, "chat")) == 1
     assert world.drawn_by("chat") > 5_100_000
+
+
+def test_of_a_group_that_the_budget_cannot_bear_no_half_begins():
+    """Sixteen GPUs at 200 W each are 3.2 kW: of 2.5 kW one of the two nodes would serve nobody, again and again."""
+    world = site()
+    world.has_groups = True
+    world.set_budget(chat("2.5kW", {**llama("wide", gpus=8), "nodesPerReplica": 2}))
+    world.settle(each_round=lambda _: world.check())
+    assert not any(node.spec.pods for node in world.objects[GPUNode].values())
+    assert all("inference/chat's spec.power.budget lacks 700W" in message for message in told(world))
+    assert len(told(world)) == 2
+    world.set_budget(chat("4kW", {**llama("wide", gpus=8), "nodesPerReplica": 2}))
+    world.settle(each_round=lambda _: world.check())
+    assert serving(world) == 2
+
+
+def test_who_waits_for_a_dead_nodes_watts_is_told_which_node_to_fence():
+    world = site()
+    world.set_budget(chat("2.8kW", llama()))
+    world.settle(each_round=lambda _: world.check())
+    dead = next(pod.spec.node_name for pod in world.ready_pods())
+    world.agents[dead].alive = False
+    for _ in range(60):
+        world.turn()
+    assert any(
+        message.endswith(f"stay charged to silent nodes until these are fenced: {dead}")
+        for message in told(world)
+    )
+
+
+def test_a_domain_that_is_gone_leaves_a_budget_in_watts_as_it_is():
+    world = site()
+    world.set_budget(chat("4kW", llama(replicas=2)))
+    world.settle(each_round=lambda _: world.check())
+    world.set_budget(chat("4kW", llama(replicas=2), where="no-such-hall"))
+    for _ in range(12):
+        world.turn()
+    status = world.objects[TokenFactory]["inference", "chat"].status
+    assert status.budget == "4kW"
+    assert next(each for each in status.conditions if each.type == "WithinBudget").status == "True"
+
+
+def test_where_strangers_may_land_a_replica_needs_what_its_gpus_draw_uncapped(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Four GPUs at 700 W each are 2.8 kW a replica there: one fits into 4 kW, whatever caps would do."""
+    monkeypatch.setattr(
+        small_world, "OPTIONS", msgspec.structs.replace(small_world.OPTIONS, taint_nodes=False)
+    )
+    world = site()
+    world.set_budget(chat("4kW", llama(replicas=2)))
+    world.settle(each_round=lambda _: world.check())
+    assert serving(world) == 1
+    assert world.charged_to("chat") <= 4_000_000
+    assert not world.plan().books.waits

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from tests.unit.controller.manifests import LLAMA_70B, factory, hall, model, profile, rack
+from tests.unit.controller.small_agent import Agent
 from tests.unit.controller.small_world import H100, SmallWorld
 from tests.unit.controller.test_learning import Serving, live
 from tests.unit.controller.test_trying import label_cap, tried
@@ -197,3 +198,18 @@ def test_a_try_that_teaches_nothing_ends_with_its_time(at_more: SmallWorld):
     assert most_allowed(world) == THOUGHT
     (lesson,) = world.memory.lessons.known.values()
     assert not lesson.state.knows(began.cap_milliwatts)
+
+
+def test_a_cap_that_its_gpus_never_obey_is_not_tried_again_for_an_hour(
+    at_more: SmallWorld, monkeypatch: pytest.MonkeyPatch
+):
+    """Somebody has limited them beside us: each further try would be two epochs for every agent, and teach nothing."""
+    limits = Agent.limits
+    monkeypatch.setattr(Agent, "limits", lambda self: {u: min(w, THOUGHT) for u, w in limits(self).items()})
+    world = at_more.fork()
+    began = upwards(world)
+    live(world, 6)
+    assert upwards(world) is None
+    for _ in range(20):
+        live(world, 1)
+        assert upwards(world) is None or upwards(world).cap_milliwatts < began.cap_milliwatts

@@ -55,17 +55,17 @@ def grant(world: World, ledger: Ledger, spent: Spending, wishes: list[Wish]) -> 
     """
     granted: dict[str, list[Replica]] = {}
     waiting: list[Unplaced] = []
-    for together in _together(wishes):
+    for group in together(wishes):
         books = _Books(ledger, spent, dict(granted))
-        short = next((why for wish in together if (why := books.enter(world, wish))), "")
+        short = next((why for wish in group if (why := books.enter(world, wish))), "")
         if short:
-            waiting += [Unplaced(wish.replica, "WaitingForWatts", short) for wish in together]
+            waiting += [Unplaced(wish.replica, "WaitingForWatts", short) for wish in group]
         else:
             granted, ledger, spent = books.granted, books.ledger, books.spent
     return Granting(granted, tuple(waiting))
 
 
-def _together(wishes: list[Wish]) -> list[list[Wish]]:
+def together(wishes: list[Wish]) -> list[list[Wish]]:
     """The pods of a group are charged in one round or not at all: two halves would wait for each other for ever."""
     found: dict[str, list[Wish]] = {}
     for wish in wishes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tokenfactory.api.names import class_product
 from tokenfactory.controller.plan.domains import Grid
 from tokenfactory.controller.plan.hulls import hulls_of, worthwhile
-from tokenfactory.controller.plan.placing import Unplaced, Wish
+from tokenfactory.controller.plan.placing import Unplaced, Wish, together
 from tokenfactory.controller.plan.purses import budgets_of, factory_name
 from tokenfactory.controller.plan.status import watts
 from tokenfactory.controller.plan.world import Replica, World
@@ -52,6 +53,9 @@ class Rooms:
         self._ranges = ranges
         self._budgets = budgets_of(world, grid)
         self._left = {name: each.milliwatts for name, each in self._budgets.allotments.items()}
+        self._silent: dict[str, dict[str, int]] = {}
+        """By budget and silent node what stays charged."""
+        self._entries = ledger.entries
         for entry in ledger.entries.values() if self._left else ():
             self._take(ledger, entry)
 
@@ -60,21 +64,24 @@ class Rooms:
         heard = entry.facts.heard and entry.kind == "Charged"
         for demand in line.expected() if heard else (*line.demands, *line.pending):
             for name in self._budgets.paying(demand.class_name, line.domains):
-                if not heard:
-                    each = demand.each(ledger.highest(line, demand.class_name))
-                elif self._is_own(name):
-                    each = demand.low if entry.facts.guarded else max(demand.low, demand.base)
+                if heard:
+                    least = demand.low if self._is_own(name) else self._wanted.each(demand, entry)
+                    each = max(least, _uncapped(entry, class_product(demand.class_name)))
                 else:
-                    each = self._wanted.each(demand, entry)
+                    each = demand.each(ledger.highest(line, demand.class_name))
+                    node, silent = entry.node.metadata.name, self._silent.setdefault(name, {})
+                    silent[node] = silent.get(node, 0) + demand.count * each
                 self._left[name] -= demand.count * each
 
     def _is_own(self, budget: str) -> bool:
         return self._budgets.allotments[budget].domain is None
 
-    def _need(self, budget: str, replica: Replica, product: str) -> int:
-        """What the replica must have of this budget on GPUs of this product."""
+    def _need(self, budget: str, replica: Replica, product: str, node: str = "") -> int:
+        """What the replica must have of this budget on GPUs of this product, on any node or on this one."""
         low, high = self._ranges[product]
         each = low if self._is_own(budget) else self._wanted.of(replica.class_on(product), low, high)
+        if node in self._entries:
+            each = max(each, _uncapped(self._entries[node], product))
         return replica.model.gpus_per_replica * each
 
     def refuse(self, request: PodRequest, replica: Replica) -> PodRequest:
@@ -85,29 +92,50 @@ class Rooms:
             lack = min(needs, default=0) - self._left[name]
             where = self._budgets.allotments[name].domain or factory.spec.power.domain
             if lack > 0 and where not in refused:
-                refused[where] = f"{name} lacks {watts(lack)}{self._even(name)}"
+                refused[where] = f"{name} lacks {watts(lack)}{self._why(name)}"
         return replace(request, refused=refused)
 
-    def _even(self, budget: str) -> str:
-        return " even with every GPU at its lowest cap" if self._is_own(budget) else ""
+    def _why(self, budget: str) -> str:
+        even = " even with every GPU at its lowest cap" if self._is_own(budget) else ""
+        silent = self._silent.get(budget)
+        if not silent:
+            return even
+        names = ", ".join(sorted(silent)[:3]) + (", …" if len(silent) > 3 else "")
+        return f"{even}; {watts(sum(silent.values()))} stay charged to silent nodes until these are fenced: {names}"
 
     def admit(self, wishes: list[Wish]) -> tuple[tuple[Wish, ...], list[Unplaced]]:
-        """The wishes that the budgets bear one after the other."""
-        fits, spent = [], []
-        for wish in wishes:
-            host, replica = self._world.hosts[wish.node], wish.replica
-            path = host.held.spec.path if host.held else ()
-            needs = {
-                name: self._need(name, replica, host.product)
-                for name in self._budgets.paying(replica.class_on(host.product), path)
-            }
-            short = next((name for name, need in needs.items() if self._left[name] < need), None)
-            if short is not None:
-                lack = watts(needs[short] - self._left[short])
-                message = f"{short} lacks {lack} to serve on {wish.node}{self._even(short)}"
-                spent.append(Unplaced(replica, "NotAdmitted", message))
-                continue
-            for name, need in needs.items():
-                self._left[name] -= need
-            fits.append(wish)
+        """The wishes that the budgets bear one after the other; of a group all pods or none."""
+        fits: list[Wish] = []
+        spent: list[Unplaced] = []
+        for group in together(wishes):
+            before = dict(self._left)
+            if short := next((why for wish in group if (why := self._enter(wish))), ""):
+                self._left = before
+                spent += [Unplaced(wish.replica, "NotAdmitted", short) for wish in group]
+            else:
+                fits += group
         return tuple(fits), spent
+
+    def _enter(self, wish: Wish) -> str:
+        """Why the budgets do not bear it; empty when it is entered."""
+        host, replica = self._world.hosts[wish.node], wish.replica
+        path = host.held.spec.path if host.held else ()
+        needs = {
+            name: self._need(name, replica, host.product, wish.node)
+            for name in self._budgets.paying(replica.class_on(host.product), path)
+        }
+        for name, need in needs.items():
+            if need > self._left[name]:
+                return (
+                    f"{name} lacks {watts(need - self._left[name])} to serve on {wish.node}{self._why(name)}"
+                )
+            self._left[name] -= need
+        return ""
+
+
+def _uncapped(entry: Entry, product: str) -> int:
+    """What a GPU is charged at least where strangers may land: what it draws when nobody caps it."""
+    if entry.facts.guarded:
+        return 0
+    gpus = [gpu for gpu in entry.node.status.gpus if gpu.product == product]
+    return max((max(gpu.default_milliwatts, gpu.enforced_milliwatts) for gpu in gpus), default=0)

@@ -218,12 +218,11 @@ def _owner(factory: TokenFactory, model: ModelSpec) -> Owner:
 
 
 def _budget(books: Books, factory: TokenFactory) -> int:
-    domain = books.grid.domains.get(factory.spec.power.domain)
-    usable = domain.usable_milliwatts if domain else 0
-    if factory.spec.power.budget is None:
-        return usable
-    limit = Milliwatts(books.grid.limit(factory.spec.power.domain))
-    return min(usable, parse_power_or_percent(factory.spec.power.budget, limit))
+    domain, budget = books.grid.domains.get(factory.spec.power.domain), factory.spec.power.budget
+    if budget is None:
+        return domain.usable_milliwatts if domain else 0
+    most = parse_power_or_percent(budget, Milliwatts(books.grid.limit(factory.spec.power.domain)))
+    return min(domain.usable_milliwatts, most) if domain else most
 
 
 def _since_start(meters: Sequence[PodMeter]) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Final
 
 from tokenfactory.api import names
@@ -38,12 +39,11 @@ from tokenfactory.planning.power.tries import (
     Spare,
     are_held,
     given,
-    gpus_in,
+    gpus_of,
     held_beside,
     held_for,
     left_over,
     raised_in,
-    worth_more,
 )
 
 Owner = tuple[str, str, str]
@@ -74,6 +74,8 @@ class Tries:
     running: Mapping[Owner, Try] = field(default_factory=dict)
     begun: Mapping[Owner, tuple[int, ...]] = field(default_factory=dict)
     """When the tries of the last hour began."""
+    in_vain: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    """By (domain, class) the cap that was tried upwards last and taught nothing in its time, and when that ended."""
 
     def at(self, domain: str, label: str) -> Try | None:
         owner = names.class_owner(label)
@@ -113,10 +115,15 @@ def try_caps(ground: Ground, before: Tries) -> tuple[Tries, Targets, list[Action
         if _all_is_well(ground, factory, model):
             well[owner] = factory, model
     running: dict[Owner, Try] = {}
+    in_vain = {slot: each for slot, each in before.in_vain.items() if now - each[1] < HOUR_MILLISECONDS}
     # Those that draw more last: they go on only if there are watts for them beside all others.
     for owner, present in sorted(before.running.items(), key=lambda each: (each[1].upwards, each[0])):
-        if owner in well and _goes_on(ground, well[owner][1], present, [*running.values(), present]):
+        if owner not in well:
+            continue
+        if _goes_on(ground, well[owner][1], present, [*running.values(), present]):
             running[owner] = present
+        elif present.upwards and _taught_nothing(ground, well[owner][1], present):
+            in_vain[present.domain, present.label] = present.cap_milliwatts, now
     told: list[Action] = []
     for owner, (factory, model) in well.items():
         recent = begun.get(owner, ())
@@ -124,12 +131,12 @@ def try_caps(ground: Ground, before: Tries) -> tuple[Tries, Targets, list[Action
             continue
         chosen = _choose(ground, owner, model, len(recent))
         if chosen is None and factory.spec.efficiency is None:
-            chosen = _choose_more(ground, owner, model, len(recent), running.values())
+            chosen = _choose_more(ground, owner, model, len(recent), running.values(), in_vain)
         if chosen is not None:
             running[owner] = chosen
             begun[owner] = (*recent, now)
             told.append(_told(ground, factory, model, chosen))
-    tries = Tries(running, begun)
+    tries = Tries(running, begun, in_vain)
     return tries, _with_tries(ground, ground.targets, running.values(), at_once=False), told
 
 
@@ -187,6 +194,14 @@ def _all_is_well(ground: Ground, factory: TokenFactory, model: ModelSpec) -> boo
     return bool(mine) and all(each.ready for each in mine) and whole(mine) == decision.replicas
 
 
+def _taught_nothing(ground: Ground, model: ModelSpec, ended: Try) -> bool:
+    """Its time is over and its cap unknown: its GPUs do not obey that much, or the ledger did not let it be."""
+    if ground.world.snapshot.milliseconds - ended.since_milliseconds <= LONGEST_MILLISECONDS:
+        return False
+    state = _state(ground, names.class_owner(ended.label), model, names.class_product(ended.label))
+    return state is not None and not state.knows(ended.cap_milliwatts)
+
+
 def _goes_on(ground: Ground, model: ModelSpec, present: Try, tries: Sequence[Try]) -> bool:
     """Until the cap is known, its time is over, the market has caught up with it, there are no watts left for it, or its
     domain is not well.
@@ -233,26 +248,41 @@ def _choose(ground: Ground, owner: Owner, model: ModelSpec, turn: int) -> Try | 
 
 
 def _choose_more(
-    ground: Ground, owner: Owner, model: ModelSpec, turn: int, running: Collection[Try]
+    ground: Ground,
+    owner: Owner,
+    model: ModelSpec,
+    turn: int,
+    running: Collection[Try],
+    in_vain: Mapping[tuple[str, str], tuple[int, int]],
 ) -> Try | None:
     """The same upwards, with watts that are left in the whole path and in all that its factory pays from."""
-    standing = ground.world.standing.get(owner, frozenset())
-    places = sorted(standing)
+    places = sorted(ground.world.standing.get(owner, frozenset()))
+    wanted = cache(lambda label, present: _wanted_more(ground, owner, model, label, present))
     spare: Spare | None = None
+    gpus: Mapping[tuple[str, str], int] = {}
     for offset in range(len(places)):
         domain, label = places[(turn + offset) % len(places)]
-        state = _state(ground, owner, model, names.class_product(label))
-        if state is None or not _at_rest(ground, domain, label) or not _alone(ground, domain, label):
+        present = _given(ground, domain, label)
+        # First what is the same in all racks: mostly there is nothing to be learned.
+        cap = wanted(label, present)
+        if cap is None or cap >= in_vain.get((domain, label), (cap + 1, 0))[0]:
             continue
-        spare = spare or _left_over(ground, running)
-        present, gpus = _given(ground, domain, label), gpus_in(ground.ledger, domain, label)
-        cap = worth_more(state, present, spare, _drawn_from(ground, domain, label), gpus)
-        if cap is None:
+        if spare is None:
+            spare, gpus = _left_over(ground, running), gpus_of(ground.ledger)
+        if present + spare.each(_drawn_from(ground, domain, label), gpus[domain, label]) < cap:
+            continue
+        if not _at_rest(ground, domain, label) or not _alone(ground, domain, label):
             continue
         chosen = Try(domain, label, cap, ground.world.snapshot.milliseconds, upwards=True)
         if _fits(ground, chosen, (*running, chosen)):
             return chosen
     return None
+
+
+def _wanted_more(ground: Ground, owner: Owner, model: ModelSpec, label: str, present: int) -> int | None:
+    """What would be tried if there were watts for anything."""
+    state = _state(ground, owner, model, names.class_product(label))
+    return state.next_try_up(present, state.maximum_milliwatts) if state is not None else None
 
 
 def _alone(ground: Ground, domain: str, label: str) -> bool:

@@ -191,11 +191,12 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
 
 
 def _within(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
-    over = facts.charge_milliwatts - facts.budget_milliwatts
-    if over > 0:
-        return (False, "OverBudget", f"it may draw {watts(over)} more than its budget")
     if overdrawn := books.spending.over(factory_name(factory)):
         return (False, "OverBudget", "; ".join(overdrawn))
+    over = facts.charge_milliwatts - facts.budget_milliwatts
+    if over > 0:
+        allowed = f"what {factory.spec.power.domain} allows"
+        return (False, "OverBudget", f"it may draw {watts(over)} more than {allowed}")
     return (True, "WithinBudget", "its charge fits its budget")
 
 

@@ -5,12 +5,12 @@ everything else has all that is meant for it. What other tries leave counts only
 speaks for all below it, so where one above has to rise, its other children are held at what they have.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from tokenfactory.planning.power.governor import Allowance
-from tokenfactory.planning.power.learning import Learned
 from tokenfactory.planning.power.ledger import Ledger
 from tokenfactory.planning.power.lines import Line
 from tokenfactory.planning.power.raises import Targets
@@ -35,13 +35,6 @@ class Spare:
     def take(self, places: Iterable[Hashable], gpus: int, milliwatts: int) -> None:
         for place in places:
             self.left[place] -= gpus * milliwatts
-
-
-def worth_more(
-    state: Learned, present_milliwatts: int, spare: Spare, places: Iterable[Hashable], gpus: int
-) -> int | None:
-    """A cap above the present one that is worth a look and that there are watts for."""
-    return state.next_try_up(present_milliwatts, present_milliwatts + spare.each(places, gpus))
 
 
 def left_over(ledger: Ledger, budgets: Budgets, wishes: Iterable[Targets]) -> Spare:
@@ -74,15 +67,14 @@ def given(targets: Targets, domains: Iterable[str], class_name: str) -> int:
     return min(caps, default=0)
 
 
-def gpus_in(ledger: Ledger, domain: str, class_name: str) -> int:
-    """How many GPUs of a class may stand in a domain and below."""
-    return sum(
-        demand.count * len(nodes)
-        for line, nodes in ledger.lines.items()
-        if domain in line.domains
-        for demand in (*line.demands, *line.pending)
-        if demand.class_name == class_name
-    )
+def gpus_of(ledger: Ledger) -> Mapping[tuple[str, str], int]:
+    """How many GPUs may stand in each domain and below, by (domain, class)."""
+    found: Counter[tuple[str, str]] = Counter()
+    for line, nodes in ledger.lines.items():
+        for demand in (*line.demands, *line.pending):
+            for domain in line.domains:
+                found[domain, demand.class_name] += demand.count * len(nodes)
+    return found
 
 
 def held_beside(ledger: Ledger, targets: Targets, domain: str, class_name: str) -> dict[str, int]:

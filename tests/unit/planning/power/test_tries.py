@@ -16,7 +16,7 @@ from tokenfactory.planning.power.spending import Budgets
 from tokenfactory.planning.power.tries import (
     Spare,
     are_held,
-    gpus_in,
+    gpus_of,
     held_beside,
     held_for,
     left_over,
@@ -100,7 +100,7 @@ def test_one_domain_gets_what_is_left_and_nobody_else_may_ever_draw_more(caps, r
     ledger, before = plant.ledger(), plant.highest()
     spare = left_over(ledger, NO_BUDGETS, [plant.targets])
     assert spare.left == {name: room[name] * W for name in caps}
-    more = spare.each(ledger.path(leaf), gpus_in(ledger, leaf, CHAT))
+    more = spare.each(ledger.path(leaf), gpus_of(ledger)[leaf, CHAT])
     cap = before[leaf] + more
     for _ in range(4):
         ledger = plant.ledger()
