@@ -38,7 +38,7 @@ LEAST_SLOPE = 0.01
 TRIES = 6
 MORE_SPARE = 5.0
 # Clearings that all of it may take: a plan that comes too late is worth nothing.
-MOST_CLEARINGS = 400
+MOST_CLEARINGS = 1000
 # Where they were not enough: the steps in which a price passes all that is for sale, and clearings to raise all of them.
 RAISES = 21
 MOST_RAISES = 300
