@@ -56,6 +56,8 @@ class Actor:
         self._guard = guard
         self.writer = Writer(client, guard=guard)
         self._told_at: dict[tuple[str, Key], float] = {}
+        self._due_at = math.inf
+        """When the last of the statuses that are held back may be written."""
         self.unsettled = Unsettled()
         self.taken = Taken()
         self.written: dict[type[Resource], int] = {}
@@ -80,6 +82,7 @@ class Actor:
         Once `may_raise` says no, whatever could raise a charge is left to the next plan.
         """
         complete = True
+        self._due_at = math.inf
         for action in actions:
             if self._closed:
                 return False
@@ -104,6 +107,11 @@ class Actor:
                 self.writes += 1
                 self._tell_of(action)
         return complete
+
+    @property
+    def seconds_to_status(self) -> float:
+        """Until all statuses that were held back may be written: the next round must come by then, or they stay untold."""
+        return max(0.0, self._due_at - self._clock())
 
     async def _watched(self, action: act.Action) -> Written[Any] | Unchanged | Refused:
         """One that is cancelled on its way stays under way: nobody knows what became of it."""
@@ -201,7 +209,9 @@ class Actor:
         """Every ten seconds at most, unless a condition changed."""
         slot = (type(action.held).KIND, key_of(action.held))
         now = self._clock()
-        if not action.urgent and now - self._told_at.get(slot, -math.inf) < _STATUS_SECONDS:
+        due = self._told_at.get(slot, -math.inf) + _STATUS_SECONDS
+        if not action.urgent and now < due:
+            self._due_at = due if self._due_at == math.inf else max(self._due_at, due)
             return Unchanged()
         answer = await self.writer.status(action.held, action.status)
         if isinstance(answer, Written):

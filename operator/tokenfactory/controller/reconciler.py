@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -67,10 +68,10 @@ class Reconciler:
 
     async def run(self) -> None:
         self._dirty.set()
-        wait = 0.0
+        wait = math.inf
         while True:
             try:
-                await asyncio.wait_for(self._dirty.wait(), wait or None)
+                await asyncio.wait_for(self._dirty.wait(), wait)
             except TimeoutError:
                 pass
             else:
@@ -92,7 +93,8 @@ class Reconciler:
             self.rounds += 1
             self.last_round_at = time.monotonic()
             self.last_seconds = self.last_round_at - started
-            wait = plan.again_after_seconds if complete else min(self._retry, plan.again_after_seconds)
+            again = min(plan.again_after_seconds, self._actor.seconds_to_status)
+            wait = again if complete else min(self._retry, again)
 
     def _is(self, generation: int, caught_up: bool) -> bool:
         return caught_up and self._generation() == generation

@@ -44,7 +44,7 @@ from tokenfactory.twin.site import Site
 from tokenfactory.twin.toolchain import cache_folder
 
 VALUES = ("leaderWorkerSets.enabled=true",)
-STRIPES = {"factory": 2, "group": 2, "rollout": 2, "failover": 2}
+STRIPES = {"factory": 2, "group": 2, "rollout": 2, "failover": 2, "node": 3}
 """Rounds with so many points that several sites share them."""
 WALK = "walk"
 UNDISTURBED = "undisturbed"
@@ -209,6 +209,8 @@ class Worker:
                 begun = not chapter.changed_first
                 await self._rested(mortal, _key(chapter, None), ends[chapter.name].expected, begun=begun)
             else:
+                if chapter.over is not None:
+                    await chapter.over(mortal)
                 await told(mortal)
                 ends[chapter.name] = End(await outcome(mortal.scene))
             if chapter.counts is not None:

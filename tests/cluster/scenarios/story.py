@@ -32,6 +32,8 @@ class Chapter:
     """None: it only leads back, and nobody dies."""
     changed_first: bool = False
     """Only what is written after the change counts: it is an operator that is new."""
+    over: Change | None = None
+    """Waits until what takes others long is done: that nothing is written meanwhile is no end."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,11 @@ async def died(mortal: Mortal) -> None:
     await scene.patch("gn", "gpu-5", {"spec": {"fence": word}}, namespaced=False)
 
 
+async def retired(mortal: Mortal) -> None:
+    """Kubernetes gives the pods of a node that is gone a minute before it deletes them; then nothing is left of it."""
+    await mortal.scene.until("the fifth node to be retired", lambda: _gone(mortal.scene, "gn", "gpu-5"))
+
+
 async def unbindable(mortal: Mortal) -> None:
     """The nodes of one rack take no pod: kube-scheduler knows why, and the operator does not."""
     await _cores(mortal.scene, "1m")
@@ -221,7 +228,7 @@ ROUNDS = {
         Round(
             "node",
             (edged,),
-            (Chapter("a node joins", joined, (joined, edged)), Chapter("a node dies", died)),
+            (Chapter("a node joins", joined, (joined, edged)), Chapter("a node dies", died, over=retired)),
             reset=(deleted, edged),
         ),
         Round(
@@ -259,7 +266,7 @@ async def emptied(mortal: Mortal) -> None:
     await scene.until("the site to be empty", scene.empty)
     if "gpu-5" in scene.site.fleet.nodes:
         await died(mortal)
-        await scene.until("the fifth node to be retired", lambda: _gone(scene, "gn", "gpu-5"))
+        await retired(mortal)
     await labelled(scene, "r2")
     await scene.until("the third rack to be deleted", lambda: _no_third_rack(scene))
     await scene.apply(hall())

@@ -1,6 +1,7 @@
 """What is only measured anew makes few rounds; what charges are made from makes one at once."""
 
 import asyncio
+import math
 from typing import Any
 
 import msgspec
@@ -82,6 +83,8 @@ def test_a_kubelet_that_only_says_that_it_lives_is_no_news():
 class Rounds:
     """A reconciler that does nothing but count its rounds."""
 
+    seconds_to_status = math.inf
+
     def __init__(self, report_seconds: float) -> None:
         self.ended = asyncio.Semaphore(0)
         self.reconciler = Reconciler(
@@ -120,3 +123,15 @@ async def test_many_reports_make_one_round_and_news_does_not_wait_for_them():
         await rounds.ended.acquire()
     running.cancel()
     assert rounds.reconciler.rounds <= 3
+
+
+async def test_a_status_that_was_held_back_is_told_though_nothing_happens_any_more():
+    rounds = Rounds(report_seconds=3600)
+    rounds.seconds_to_status = 0.01
+    running = asyncio.create_task(rounds.reconciler.run())
+    async with asyncio.timeout(10):
+        await rounds.ended.acquire()
+        rounds.seconds_to_status = math.inf
+        await rounds.ended.acquire()
+    running.cancel()
+    assert rounds.reconciler.rounds == 2

@@ -1,5 +1,6 @@
 """What a site costs the API server: nothing while it is settled, and little while figures move."""
 
+import math
 import random
 from datetime import timedelta
 from typing import Any
@@ -111,6 +112,33 @@ async def test_a_status_is_written_every_ten_seconds_at_most_unless_a_condition_
         status = PowerDomainStatus(draw=f"{tenth}W", conditions=(condition,) if urgent else ())
         await actor.execute([act.WriteStatus(held, status, urgent=urgent)])
     assert server.at == [0.0, 10.0, 20.0, 20.5, 20.6, 30.6, 40.6, 50.6]
+
+
+async def test_what_is_held_back_is_due_when_the_last_of_it_may_be_written():
+    """One round for all of 600 racks, not one for each."""
+    server = Counting()
+    actor = Actor(None, None, lambda: None, clock=lambda: server.now)  # type: ignore[arg-type]
+    actor.writer = server  # type: ignore[assignment]
+    spec = msgspec.convert({"limit": "1kW"}, type_of_spec())
+    one, other = (PowerDomain(metadata=ObjectMeta(name=name), spec=spec) for name in ("hall", "rack"))
+
+    async def tell(*domains: PowerDomain) -> float:
+        draw = PowerDomainStatus(draw=f"{server.now}W")
+        await actor.execute([act.WriteStatus(each, draw) for each in domains])
+        return actor.seconds_to_status
+
+    assert await tell(one) == math.inf
+    server.now = 4.0
+    assert await tell(one, other) == 6.0
+    server.now = 5.0
+    assert await tell(one, other) == 9.0
+    server.now = 6.0
+    assert await tell() == math.inf, "nothing waits any more"
+    server.now = 11.0
+    assert await tell(one, other) == 3.0
+    server.now = 14.0
+    assert await tell(other) == math.inf
+    assert server.at == [0.0, 4.0, 11.0, 14.0]
 
 
 def type_of_spec() -> Any:

@@ -41,12 +41,18 @@ class _Lot:
     """The replicas of one class in one domain."""
 
     pair: int
-    path: tuple[int, ...]
+    domains: tuple[int, ...]
+    purses: tuple[int, ...]
     count: int
     """0: not in whole replicas, all of its GPUs run."""
     whole: float
     """Milliwatts that take one replica to the end of its first stretch."""
     class_index: int
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """Every room that its watts come from."""
+        return self.domains + self.purses
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,9 @@ Part = tuple[int, IntArray]
 
 Prices = tuple[float, ...]
 """Of each purse, per milliwatt."""
+
+_Offers = list[tuple[_Piece, float, _Lot]]
+"""Pieces, what each is worth beyond the prices of the purses that it is paid from, and whose they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +102,26 @@ class Site:
     pieces: list[_Piece] = field(default_factory=list)
     stages: int = 1
     effort: Effort = field(default_factory=Effort)
+    _last: tuple[Prices, _Offers] | None = field(default=None, init=False)
 
     @cached_property
     def purses(self) -> int:
         return sum(position < 0 for position in self.room)
 
-    def in_order(self, prices: Prices) -> list[_Piece]:
-        """As they are bought where purses have these prices; without purses as they are."""
-        if not self.purses:
-            return self.pieces
-        return sorted(self.pieces, key=lambda piece: (piece.stage, -self.net(piece, prices)))
+    def in_order(self, prices: Prices) -> _Offers:
+        """As they are bought where purses have these prices; without purses as they are. The last answer is kept: a
+        branch asks several times.
+        """
+        if self._last is None or self._last[0] != prices:
+            self._last = prices, self._in_order(prices)
+        return self._last[1]
 
-    def net(self, piece: _Piece, prices: Prices) -> float:
-        """What a piece is worth beyond the prices of the purses that it is paid from."""
-        return piece.value - sum(prices[-1 - p] for p in self.lots[piece.lot].path if p < 0 and prices)
+    def _in_order(self, prices: Prices) -> _Offers:
+        if not self.purses:
+            return [(piece, piece.value, self.lots[piece.lot]) for piece in self.pieces]
+        dues = [sum(prices[-1 - purse] for purse in lot.purses) if prices else 0.0 for lot in self.lots]
+        offers = [(piece, piece.value - dues[piece.lot], self.lots[piece.lot]) for piece in self.pieces]
+        return sorted(offers, key=lambda offer: (offer[0].stage, -offer[1]))
 
     def bought(
         self, least: Sequence[int], most: Sequence[int], prices: Prices = ()
@@ -117,10 +132,10 @@ class Site:
         if room is None:
             return None
         value, running = [0.0] * self.stages, [float(count) for count in least]
-        for piece in self.in_order(prices):
+        for piece, _, lot in self.in_order(prices):
             if piece.first:
                 value[piece.stage] += least[piece.lot] * piece.watts * piece.value
-            taken = self._take(piece, room, self.lots[piece.lot].path, most, running)
+            taken = _take(piece, lot, room, lot.path, most, running)
             value[piece.stage] += taken * piece.value
         return value, running
 
@@ -135,19 +150,18 @@ class Site:
         if room is None:
             return None
         value, running = 0.0, [float(count) for count in least]
-        for piece in self.in_order(prices):
-            path = self.lots[piece.lot].path
+        for piece, net, lot in self.in_order(prices):
             if piece.stage > stage:
                 break
             if piece.stage == stage and piece.first:
                 value += least[piece.lot] * piece.watts * piece.value
             if piece.stage < stage:
-                self._take(piece, room, path, most, running)
-            elif self.net(piece, prices) > 0:
-                taken = self._take(piece, room, tuple(p for p in path if p >= 0), most, running)
+                _take(piece, lot, room, lot.path, most, running)
+            elif net > 0:
+                taken = _take(piece, lot, room, lot.domains, most, running)
                 value += taken * piece.value
-                for position in path:
-                    room[position] -= taken if position < 0 else 0.0
+                for purse in lot.purses:
+                    room[purse] -= taken
         left = [room[-1 - number] for number in range(self.purses)]
         value += sum(price * milliwatts for price, milliwatts in zip(prices, left, strict=True))
         return value, running, left
@@ -162,31 +176,34 @@ class Site:
                     return None
         return room
 
-    def _take(
-        self,
-        piece: _Piece,
-        room: dict[int, float],
-        path: Sequence[int],
-        most: Sequence[int],
-        running: list[float],
-    ) -> float:
-        """What a piece takes of these rooms."""
-        lot = self.lots[piece.lot]
-        if not lot.count:
-            wanted = piece.watts
-        elif piece.first:
-            wanted = (most[piece.lot] - running[piece.lot]) * piece.watts
-        else:
-            wanted = running[piece.lot] * piece.watts
-        for position in path:
-            wanted = min(wanted, room[position])
-        if wanted <= 0:
-            return 0.0
-        for position in path:
-            room[position] -= wanted
-        if piece.first:
-            running[piece.lot] += wanted / piece.watts
-        return wanted
+
+def _take(
+    piece: _Piece,
+    lot: _Lot,
+    room: dict[int, float],
+    path: Sequence[int],
+    most: Sequence[int],
+    running: list[float],
+) -> float:
+    """What a piece takes of these rooms."""
+    if not lot.count:
+        wanted = piece.watts
+    elif piece.first:
+        wanted = (most[piece.lot] - running[piece.lot]) * piece.watts
+    else:
+        wanted = running[piece.lot] * piece.watts
+    if wanted <= 0:
+        return 0.0
+    for position in path:
+        left = room[position]
+        wanted = min(wanted, left)
+    if wanted <= 0:
+        return 0.0
+    for position in path:
+        room[position] -= wanted
+    if piece.first:
+        running[piece.lot] += wanted / piece.watts
+    return wanted
 
 
 def best_whole(site: Site, needed: Mapping[int, int]) -> list[int] | None:
@@ -313,8 +330,7 @@ def _rounded(
         for position in lot.path:
             room[position] -= count * lot.whole
     filled = list(cut)
-    for piece in site.in_order(prices):
-        lot = site.lots[piece.lot]
+    for piece, _, lot in site.in_order(prices):
         if not piece.first or not lot.count:
             continue
         fits = min(room[position] for position in lot.path) // lot.whole if lot.whole else math.inf
@@ -347,15 +363,16 @@ def site_of(
     market = clearing.market
     order, fleet, forest = market.order, market.fleet, market.forest
     goods = order.goods
-    paths, pairs = {}, np.concatenate([below for _, below in group])
+    domains: dict[int, tuple[int, ...]] = {}
+    pairs = np.concatenate([below for _, below in group])
+    payers: dict[int, tuple[int, ...]] = {}
     for top, below in group:
         for pair in below.tolist():
             path = forest.path(int(fleet.domain[pair]))
-            paths[pair] = tuple(path[: path.index(top) + 1])
-    domains = dict(paths)
+            domains[pair] = tuple(path[: path.index(top) + 1])
     for number, purse in enumerate(purses):
         for pair in pairs[purse.members[fleet.class_index[pairs]]].tolist():
-            paths[pair] = (*paths[pair], -1 - number)
+            payers[pair] = (*payers.get(pair, ()), -1 - number)
     room = {p: float(max(int(clearing.budget[p]), 0)) for path in domains.values() for p in path}
     for top in (top for top, _ in group if forest.parent[top] >= 0):
         # What the parents' limits leave is what it draws now.
@@ -375,7 +392,7 @@ def site_of(
         each, gpus = goods.classes[number], int(fleet.gpus[pair])
         count = gpus // each.gpus_per_replica if parkable[number] else 0
         whole = float(each.gpus_per_replica * (each.milliwatts[1] - each.milliwatts[0])) if count else 0.0
-        site.lots.append(_Lot(pair, paths[pair], count, whole, number))
+        site.lots.append(_Lot(pair, domains[pair], payers.get(pair, ()), count, whole, number))
         size = each.gpus_per_replica if count else gpus
         seen_first = False
         for cell, segment, stage, width in on_sale[number]:

@@ -31,8 +31,8 @@ def test_near_the_optimum(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_near_the_optimum_on_240_clusters() -> None:
-    verdicts = {seed: verdict(seed) for seed in range(240)}
+def test_near_the_optimum_on_200_clusters() -> None:
+    verdicts = {seed: verdict(seed) for seed in range(200)}
     below = {seed: round(v.share, 4) for seed, v in verdicts.items() if v.share < LEAST}
     assert below == {}
     # Harder: no band for itself, however small, goes short of what the best plan gives it, but for a few in a hundred.
