@@ -135,7 +135,7 @@ async def test_what_is_published_for_a_rack_goes_to_its_own_nodes(site: Site) ->
 
 async def test_a_settled_factory_costs_no_write_but_its_lease_and_the_renewals(site: Site) -> None:
     """A site that writes by itself does so whenever its nodes report."""
-    await site.rest(renewals=4)  # longer than statuses wait for each other
+    await site.rest(renewals=5)  # longer than statuses wait for each other
     audit, reports, before = yard.Audit.from_now(site.cluster), site.fleet.status_writes, await site.told()
     await until(
         partial(_have_reported, site, reports + 2 * NODES),

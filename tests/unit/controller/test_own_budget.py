@@ -3,17 +3,17 @@
 What counts is what the simulated agents have set on the GPUs that the factory's pods hold, not what the ledger thinks.
 """
 
-import os
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, event, example, given, settings
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from tests.unit.controller import manifests, small_world
 from tests.unit.controller.manifests import LLAMA_70B, Manifest, domain, model, rack
 from tests.unit.controller.small_agent import Agent
 from tests.unit.controller.small_world import SmallWorld
+from tests.unit.controller.walking import walks
 
 from tokenfactory.api import names
 from tokenfactory.api.gpu_node import GPUNode
@@ -21,7 +21,6 @@ from tokenfactory.api.quantities import Milliwatts, parse_power_or_percent
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.kube.objects import Pod
 
-EXAMPLES = int(os.environ.get("WALKS", "5"))
 NODES = {"a1": "a", "a2": "a", "b1": "b", "b2": "b"}
 HALL_MILLIWATTS = 40_000_000
 
@@ -188,13 +187,7 @@ THE_OTHER_WAY_ROUND: list[tuple[Any, ...]] = [
 """The agents of who is worth more now hear it, and those of who must fall do not."""
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    derandomize="WALKS" not in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
-)
+@walks(5)
 @given(st.lists(steps, min_size=6, max_size=20))
 @example(THE_OTHER_WAY_ROUND)
 def test_no_walk_takes_a_factory_over_its_own_ceiling(walk: list[tuple[Any, ...]]):

@@ -1,10 +1,9 @@
 """Random histories of valid specs, nodes and crashes: the budget holds in every round, and the end is the last spec's."""
 
-import os
 from typing import Any
 
 import msgspec
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from tests.unit.controller import manifests
 from tests.unit.controller.manifests import Manifest, domain, rack
@@ -12,12 +11,12 @@ from tests.unit.controller.outcome import outcome
 from tests.unit.controller.small_world import SmallWorld
 from tests.unit.controller.specs import specs
 from tests.unit.controller.test_crash_points import check_budget, follow
+from tests.unit.controller.walking import walks
 
 from tokenfactory.api.gpu_node import GPUNode
 from tokenfactory.api.power_domain import PowerDomain
 from tokenfactory.api.token_factory import TokenFactory
 
-EXAMPLES = int(os.environ.get("WALKS", "8"))
 NODES = {"a1": "a", "a2": "a", "b1": "b", "b2": "b"}
 AMPLE = "40kW"
 Walk = list[tuple[Any, ...]]
@@ -129,13 +128,7 @@ def end_of(world: SmallWorld) -> dict[str, Any]:
     }
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    derandomize="WALKS" not in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
-)
+@walks(8)
 @given(st.lists(steps, min_size=3, max_size=14))
 def test_any_walk_keeps_the_budget_and_ends_as_a_fresh_deploy(walk: Walk):
     world = site()

@@ -11,7 +11,7 @@ from tests.unit.controller.small_world import H100, SmallWorld
 from tests.unit.controller.test_learning import Serving, live
 from tests.unit.controller.test_trying import label_cap, tried
 from tests.unit.planning.power.test_ledger import CHAT
-from tests.unit.planning.power.test_tries import Plant
+from tests.unit.planning.power.test_tries import UNEVEN, Plant
 
 from tokenfactory.api.cap_sheet import CapSheet
 from tokenfactory.controller.plan.trying import Try, _with_tries
@@ -155,15 +155,7 @@ def test_nothing_is_tried_upwards_where_its_watts_are_not_to_be_had(spec):
 
 
 def test_sheets_above_rise_only_once_those_beside_the_path_have_read_back_that_they_are_held():
-    caps = {
-        "hall": 400,
-        "row-1": 500,
-        "row-2": 400,
-        "rack-a": 600,
-        "rack-b": 450,
-        "rack-c": 300,
-        "rack-d": 300,
-    }
+    caps = {**UNEVEN, "rack-c": 300, "rack-d": 300}
     plant = Plant(caps, {})
     more = Try("rack-a", CHAT, 520_000, 0, upwards=True)
 

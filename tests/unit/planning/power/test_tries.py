@@ -42,6 +42,18 @@ def path(leaf: str) -> list[str]:
     return [*path(PARENTS[leaf]), leaf] if leaf in PARENTS else [leaf]
 
 
+UNEVEN = {
+    "hall": 400,
+    "row-1": 500,
+    "row-2": 400,
+    "rack-a": 600,
+    "rack-b": 450,
+    "rack-c": 600,
+    "rack-d": 500,
+}
+"""Caps by sheet, in watts: some leaves would rise by their own sheets if those above did."""
+
+
 class Plant:
     """Sheets, and one node in each rack that has acknowledged what it has seen of them."""
 
@@ -178,16 +190,7 @@ def test_the_tightest_place_says_how_much_more_there_is():
 
 
 def test_only_those_are_held_whose_own_sheets_would_let_them_rise():
-    caps = {
-        "hall": 400,
-        "row-1": 500,
-        "row-2": 400,
-        "rack-a": 600,
-        "rack-b": 450,
-        "rack-c": 600,
-        "rack-d": 500,
-    }
-    plant = Plant(caps, {})
+    plant = Plant(UNEVEN, {})
     ledger = plant.ledger()
     assert held_beside(ledger, plant.targets, "rack-a", CHAT) == {"rack-b": 400 * W, "rack-d": 400 * W}
     raised = raised_in(ledger, plant.targets, "rack-a", CHAT, 520 * W)
