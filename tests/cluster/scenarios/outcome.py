@@ -1,7 +1,8 @@
 """What matters of a site that has come to rest: everything that the operator decides or says.
 
 Left out is what may differ between two sites that are equally right: names that Kubernetes makes up, times, versions
-and epochs, which node a replica came to, and what depends on where in its window a meter is.
+and epochs, which node a replica came to, what depends on where in its window a meter is, and when Kubernetes itself says
+that it no longer hears a kubelet.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Object = dict[str, Any]
 GROUPS = "/apis/leaderworkerset.x-k8s.io/v1/leaderworkersets"
 NODES = "/api/v1/nodes"
 PROFILES = "/apis/tokenfactory.dev/v1alpha1/powerprofiles"
+KUBERNETES = "node.kubernetes.io/"
+"""What Kubernetes taints nodes with."""
 MADE_UP = {"clusterIP", "clusterIPs"}
 """Of a Service: Kubernetes' own choice."""
 
@@ -167,7 +170,11 @@ def _gpu_node(found: Object) -> Object:
 def _machine(found: Object) -> Object:
     spec = found["spec"]
     return {
-        "taints": sorted([each["key"], each["effect"]] for each in spec.get("taints", [])),
+        "taints": sorted(
+            [each["key"], each["effect"]]
+            for each in spec.get("taints", [])
+            if not each["key"].startswith(KUBERNETES)
+        ),
         "cordoned": spec.get("unschedulable", False),
     }
 
@@ -190,13 +197,14 @@ def _workload(found: Object) -> str:
 def _pod(found: Object) -> list[Any]:
     meta, spec, status = found["metadata"], found["spec"], found["status"]
     ready = any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions", []))
+    leaves = "deletionTimestamp" in meta
     return [
         meta["labels"].get(names.FACTORY_LABEL, ""),
         meta["labels"].get(names.MODEL_LABEL, ""),
-        ready,
+        ready and not leaves,
         bool(spec.get("schedulingGates")),
         bool(spec.get("nodeName")),
         meta.get("annotations", {}).get(names.DELETION_COST, ""),
-        "deletionTimestamp" in meta,
+        leaves,
         spec["containers"][0]["image"],
     ]

@@ -141,16 +141,31 @@ async def joined(mortal: Mortal) -> None:
 async def died(mortal: Mortal) -> None:
     """The node is gone at once, with all that it ran; a person says that it is off."""
     scene = mortal.scene
-    await scene.site.fleet.kill_node("gpu-5")
-    await scene.kubectl("delete", "node", "gpu-5")
     boot = (await scene.site.get("gn", "gpu-5"))["status"]["bootID"]
     await scene.site.fleet.remove("gpu-5")
     word = {"method": "Person", "by": "test", "at": "2026-11-21T12:00:00Z", "bootID": boot}
     await scene.patch("gn", "gpu-5", {"spec": {"fence": word}}, namespaced=False)
 
 
+async def missed(mortal: Mortal) -> None:
+    """It takes a while until a silent node counts as lost."""
+    scene = mortal.scene
+
+    async def restarts_elsewhere() -> bool:
+        factories = (await scene.site.get("tf", namespace=scene.namespace))["items"]
+        incidents = [it for each in factories for it in each.get("status", {}).get("incidents", [])]
+        return [it["phase"] for it in incidents] == ["Routed"]
+
+    await scene.until("what the node ran to be missed", restarts_elsewhere)
+
+
+async def carried_out(mortal: Mortal) -> None:
+    """Its Node is deleted, and with it what ran there: only now can Kubernetes know that it will never come back."""
+    await mortal.scene.kubectl("delete", "node", "gpu-5", "--ignore-not-found")
+
+
 async def retired(mortal: Mortal) -> None:
-    """Kubernetes gives the pods of a node that is gone a minute before it deletes them; then nothing is left of it."""
+    """Kubernetes takes up to a minute before it deletes the pods of a Node that is gone; then nothing is left of it."""
     await mortal.scene.until("the fifth node to be retired", lambda: _gone(mortal.scene, "gn", "gpu-5"))
 
 
@@ -228,7 +243,11 @@ ROUNDS = {
         Round(
             "node",
             (edged,),
-            (Chapter("a node joins", joined, (joined, edged)), Chapter("a node dies", died, over=retired)),
+            (
+                Chapter("a node joins", joined, (joined, edged)),
+                Chapter("a node dies", died, over=missed),
+                Chapter("its Node is deleted", carried_out, over=retired),
+            ),
             reset=(deleted, edged),
         ),
         Round(
@@ -266,7 +285,8 @@ async def emptied(mortal: Mortal) -> None:
     await scene.until("the site to be empty", scene.empty)
     if "gpu-5" in scene.site.fleet.nodes:
         await died(mortal)
-        await retired(mortal)
+    await carried_out(mortal)
+    await retired(mortal)
     await labelled(scene, "r2")
     await scene.until("the third rack to be deleted", lambda: _no_third_rack(scene))
     await scene.apply(hall())
