@@ -416,6 +416,7 @@ class TokenFactory(Resource, frozen=True, kw_only=True):
         Column(name="Tokens/s", path=".status.tokensPerSecond"),
         Column(name="Tokens/J", path=".status.tokensPerJoule"),
         condition_column("Ready"),
+        condition_column("Updated", wide=True),
         condition_column("WithinBudget", wide=True),
         condition_column("EfficiencyMet", wide=True),
         condition_column("SLOMet", wide=True),

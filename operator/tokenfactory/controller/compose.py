@@ -116,7 +116,8 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     actions += given_up
     actions += less.actions
     given = give_names(world)
-    actions += serve(world, less.staffing, options.workloads, given)
+    served = serve(world, less.staffing, options.workloads, given)
+    actions += served.actions
     unplaced = (
         *regranted.waiting,
         *choice.unplaced,
@@ -137,6 +138,7 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
         less,
         spent,
         given.lost,
+        served.templates,
         regranted.charges,
         tries,
     )

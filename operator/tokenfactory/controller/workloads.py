@@ -115,7 +115,7 @@ def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: 
         "progressDeadlineSeconds": 3600,
         "selector": {"matchLabels": labels},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
-        "template": {"metadata": {"labels": labels}, "spec": pod},
+        "template": _template(labels, pod, _digest(pod)),
     }
     return _owned("apps/v1", "Deployment", workload_name(factory, model), factory, model, spec)
 
@@ -133,6 +133,7 @@ def leader_worker_set(
     # Only the leader answers requests.
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         worker["containers"][0].pop(probe)
+    digest = _digest([leader, worker])
     return _owned(
         "leaderworkerset.x-k8s.io/v1",
         "LeaderWorkerSet",
@@ -149,8 +150,8 @@ def leader_worker_set(
             "leaderWorkerTemplate": {
                 "size": model.nodes_per_replica,
                 "restartPolicy": "RecreateGroupOnPodRestart",
-                "leaderTemplate": {"metadata": {"labels": labels}, "spec": leader},
-                "workerTemplate": {"metadata": {"labels": labels}, "spec": worker},
+                "leaderTemplate": _template(labels, leader, digest),
+                "workerTemplate": _template(labels, worker, digest),
             },
         },
     )
@@ -196,11 +197,26 @@ def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
     return owned and applied and says(held.spec, wanted["spec"])
 
 
+def template_digest(wanted: Object) -> str:
+    """What the pods of such a workload bear once they are all of it (`TEMPLATE_ANNOTATION`)."""
+    spec = wanted["spec"]
+    template = spec["template"] if "template" in spec else spec["leaderWorkerTemplate"]["leaderTemplate"]
+    digest: str = template["metadata"]["annotations"][names.TEMPLATE_ANNOTATION]
+    return digest
+
+
+def _template(labels: Object, pod: Object, digest: str) -> Object:
+    return {"metadata": {"labels": labels, "annotations": {names.TEMPLATE_ANNOTATION: digest}}, "spec": pod}
+
+
+def _digest(part: Any) -> str:
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _owned(
     api_version: str, kind: str, name: str, factory: TokenFactory, model: ModelSpec, spec: Object
 ) -> Object:
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    metadata = _metadata(name, factory, model, {SPEC_LABEL: digest})
+    metadata = _metadata(name, factory, model, {SPEC_LABEL: _digest(spec)})
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
 
 

@@ -158,9 +158,10 @@ def _caps_of_racks(sheets: list[Object]) -> list[list[Any]]:
 
 def _gpu_node(found: Object) -> Object:
     spec, status = found["spec"], found.get("status", {})
-    parts = ("path", "formerPaths", "overheadMilliwatts", "fence")
+    parts = ("path", "formerPaths", "overheadMilliwatts")
     return {
         **{part: spec.get(part) or None for part in parts},
+        "fence": spec.get("fence", {}).get("method"),
         "quarantined": "quarantine" in spec,
         "mode": status.get("mode"),
         "conditions": _conditions(status),

@@ -21,6 +21,9 @@ async def test_a_rollout_replaces_every_replica_within_the_budget(scene: Scene):
     await scene.until("full caps", lambda: scene.full("llama", 3))
     before = {pod["metadata"]["uid"] for pod in await scene.serving(3)}
     await scene.apply(scene.factory(model(replicas=3, image="1.9.0")))
+    # As somebody waits who rolls out: not before the operator has seen the new spec, and until no old pod serves.
+    await scene.mine("wait", "tf/chat", "--for=condition=Updated", "--timeout=120s")
+    assert not before & {pod["metadata"]["uid"] for pod in await scene.replicas()}
 
     async def rolled() -> bool:
         pods = await scene.replicas()

@@ -123,7 +123,7 @@ class SmallCluster(SmallApi):
                 "namespace": namespace,
                 "uid": f"uid-{key[1]}-{self.version}",
                 "labels": part["metadata"]["labels"] | labels,
-                "annotations": {TEMPLATE: mark},
+                "annotations": part["metadata"]["annotations"] | {TEMPLATE: mark},
             }
             self.put(msgspec.convert({"metadata": meta, "spec": part["spec"]}, Pod))
         return set(keys)
@@ -136,7 +136,7 @@ class SmallCluster(SmallApi):
             "namespace": namespace,
             "uid": f"uid-{pod_name}",
             "labels": template["metadata"]["labels"],
-            "annotations": {TEMPLATE: mark},
+            "annotations": template["metadata"]["annotations"] | {TEMPLATE: mark},
         }
         return self.put(self.webhook(msgspec.convert({"metadata": meta, "spec": template["spec"]}, Pod)))
 

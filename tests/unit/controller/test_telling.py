@@ -1,10 +1,11 @@
 """What people are told, and when it is worth a write."""
 
 import pytest
-from tests.unit.controller.manifests import factory, hall, model
+from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
 
 from tokenfactory.api import names
+from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.plan.status import steady
 
 
@@ -50,3 +51,33 @@ def test_what_is_told_of_a_model_looks_at_its_own_classes_only(monkeypatch: pyte
         return len(asked)
 
     assert parsed(16) < 2.5 * parsed(8)
+
+
+def updated(world: SmallWorld) -> tuple[str, str]:
+    """What the factory says of its rollout."""
+    status = world.objects[TokenFactory]["inference", "chat"].status
+    found = next(each for each in status.conditions if each.type == "Updated")
+    return found.status, found.message
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_rollout_is_over_once_no_pod_of_an_earlier_spec_serves(nodes: int):
+    """Whoever waits for the condition must not be told so by what was true before the new spec was seen."""
+
+    def wanted(tag: str, replicas: int) -> Manifest:
+        spans = nodes if nodes > 1 else None
+        return factory(model("m", tag=tag, gpus=8, nodesPerReplica=spans, replicas=(replicas, replicas)))
+
+    world = SmallWorld.of(4, hall("40kW"), wanted("1.8.0", 2))
+    world.has_groups = True
+    world.settle()
+    assert updated(world) == ("True", "every pod is of the spec as it is")
+    world.apply(wanted("1.8.0", 1))
+    world.operate()
+    assert updated(world)[0] == "True", "another number of replicas is no rollout"
+    world.settle()
+    world.apply(wanted("1.9.0", 1))
+    world.operate()
+    assert updated(world) == ("False", f"m: {nodes} of {nodes} pods are of an earlier spec")
+    world.settle()
+    assert updated(world) == ("True", "every pod is of the spec as it is")

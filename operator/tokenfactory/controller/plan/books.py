@@ -34,6 +34,8 @@ class Books:
     spending: Spending
     nameless: Mapping[Model, str]
     """Models that lack a name which somebody else has, and who."""
+    templates: Mapping[Model, str]
+    """Of which template each model's pods are to be."""
     loose: Mapping[tuple[str, str, str], int]
     """(namespace, factory, model) → what its replicas may draw that no grant accounts for, in milliwatts."""
     tries: Tries

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import msgspec
 
 from tokenfactory.api import names
@@ -9,7 +12,7 @@ from tokenfactory.api.token_factory import ModelSpec, TokenFactory
 from tokenfactory.controller.actions import Action, ApplyWorkload, DeleteWorkload
 from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service, says
 from tokenfactory.controller.owning import whose
-from tokenfactory.controller.plan.naming import Names, Workload, held_at, slots
+from tokenfactory.controller.plan.naming import Model, Names, Workload, held_at, slots
 from tokenfactory.controller.plan.replicating import Staffing
 from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import (
@@ -21,21 +24,33 @@ from tokenfactory.controller.workloads import (
     leader_worker_set,
     restarts_through_gate,
     service,
+    template_digest,
 )
 from tokenfactory.kube.resources import key_of
 
 
-def serve(world: World, staffing: Staffing, options: WorkloadOptions, given: Names) -> list[Action]:
+@dataclass(frozen=True)
+class Served:
+    actions: list[Action]
+    templates: Mapping[Model, str]
+    """Of which template each model's pods are to be."""
+
+
+def serve(world: World, staffing: Staffing, options: WorkloadOptions, given: Names) -> Served:
     options = _for_these_nodes(world, options)
     actions: list[Action] = []
+    templates: dict[Model, str] = {}
     for factory_key, factory in world.snapshot.factories.items():
         if factory.metadata.deletion_timestamp:
             continue
         for model in factory.spec.models:
-            count = staffing.count(factory_key, model.name)
+            if lacks_groups(world, model):
+                continue
+            wanted = _wanted(world, factory, model, staffing.count(factory_key, model.name), options)
+            templates[factory_key, model.name] = template_digest(wanted)
             actions += [
                 action
-                for action in _keep(world, factory, model, count, options)
+                for action in _keep(world, factory, model, wanted)
                 if given.holders.get((action.kind, action.key)) == (factory_key, model.name)
                 and (action.kind, action.key) not in given.taken
             ]
@@ -44,7 +59,8 @@ def serve(world: World, staffing: Staffing, options: WorkloadOptions, given: Nam
         *(world.snapshot.leader_worker_sets or {}).values(),
         *world.snapshot.services.values(),
     ]
-    return [*actions, *(_drop(held) for held in there if not _wanted(world, held, given))]
+    actions += (_drop(held) for held in there if not _stays(world, held, given))
+    return Served(actions, templates)
 
 
 def _drop(held: Workload) -> Action:
@@ -69,22 +85,23 @@ def lacks_groups(world: World, model: ModelSpec) -> bool:
     return model.nodes_per_replica > 1 and world.snapshot.leader_worker_sets is None
 
 
-def _keep(
+def _wanted(
     world: World, factory: TokenFactory, model: ModelSpec, count: int, options: WorkloadOptions
-) -> list[ApplyWorkload]:
-    if lacks_groups(world, model):
-        return []
+) -> Object:
+    runs = slots(factory, model).runs
+    if runs[0] is LeaderWorkerSet:
+        return leader_worker_set(factory, model, count, options)
+    return _deployment(world, held_at(world, runs), factory, model, count, options)
+
+
+def _keep(world: World, factory: TokenFactory, model: ModelSpec, wanted: Object) -> list[ApplyWorkload]:
     actions = []
     mine = slots(factory, model)
     (kind, key), (_, front_key) = mine.runs, mine.front
     held = held_at(world, mine.runs)
-    if kind is LeaderWorkerSet:
-        wanted = leader_worker_set(factory, model, count, options)
-    else:
-        wanted = _deployment(world, held, factory, model, count, options)
     if held is None or not is_as(held, wanted):
         reason = (
-            f"{count} replicas of {model.name}"
+            f"{wanted['spec']['replicas']} replicas of {model.name}"
             if held is None
             else f"{model.name} is to be as its factory says"
         )
@@ -130,7 +147,7 @@ def _somewhere(world: World) -> bool:
     )
 
 
-def _wanted(world: World, held: Workload, given: Names) -> bool:
+def _stays(world: World, held: Workload, given: Names) -> bool:
     """Not ours to delete, or still asked for. What a deleted factory had, the garbage collector takes or leaves."""
     name = held.metadata.labels.get(names.FACTORY_LABEL, "")
     factory = world.snapshot.factories.get((held.metadata.namespace or "", name))

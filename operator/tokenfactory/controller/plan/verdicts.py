@@ -147,6 +147,7 @@ def _behind(world: World, domain: str) -> list[str]:
 def factory_verdicts(books: Books, factory: TokenFactory, facts: FactoryFacts) -> dict[str, Verdict]:
     return {
         "Ready": _ready(books, factory, facts),
+        "Updated": _updated(books, factory, facts),
         "WithinBudget": _within(books, factory, facts),
         "EfficiencyMet": _efficiency(books, factory, facts),
         "SLOMet": _slo(factory, facts),
@@ -188,6 +189,21 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
         first = facts.waiting[0]
         return (False, first.reason, f"{counted}; {first.replica.name}: {first.message}")
     return (False, "Starting", counted)
+
+
+def _updated(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
+    """A rollout is over once every pod was made from the template that its factory's spec makes now."""
+    behind = []
+    for model in factory.spec.models:
+        wanted = books.templates.get((key_of(factory), model.name))
+        mine = (it for it in facts.replicas if it.model.name == model.name)
+        pods = [it for it in mine if not it.terminating and not it.finished]
+        old = [it for it in pods if it.pod.metadata.annotations.get(names.TEMPLATE_ANNOTATION) != wanted]
+        if wanted is not None and old:
+            behind.append(f"{model.name}: {len(old)} of {len(pods)} pods are of an earlier spec")
+    if behind:
+        return (False, "RollingOut", "; ".join(behind))
+    return (True, "AllUpdated", "every pod is of the spec as it is")
 
 
 def _within(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
