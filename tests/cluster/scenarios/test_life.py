@@ -71,6 +71,7 @@ async def test_a_model_that_spans_nodes_runs_as_a_group_once_groups_can_be_had(l
         env = {each["name"] for pod in group for each in pod["spec"]["containers"][0]["env"]}
         assert {"LWS_LEADER_ADDRESS", "NIM_LEADER_ROLE", "NIM_NODE_RANK"} <= env
         await has_a_door_and_a_meeting_point(life)
+        assert (await life.verdict("Updated"))["status"] == "True", "both kinds of its pods say of which spec"
 
         # There are nodes for half of another group. None of it may be charged, and it says why it waits.
         await life.apply(life.factory(spanning(2)))
