@@ -82,7 +82,6 @@ class Actor:
         Once `may_raise` says no, whatever could raise a charge is left to the next plan.
         """
         complete = True
-        self._due_at = math.inf
         for action in actions:
             if self._closed:
                 return False
@@ -107,6 +106,10 @@ class Actor:
                 self.writes += 1
                 self._tell_of(action)
         return complete
+
+    def begin_round(self) -> None:
+        """All statuses are told anew. A cut beside the round tells none, and changes nothing of what is held back."""
+        self._due_at = math.inf
 
     @property
     def seconds_to_status(self) -> float:

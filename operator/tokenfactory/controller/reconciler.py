@@ -89,6 +89,7 @@ class Reconciler:
             if not self.rounds:
                 seconds = round(time.monotonic() - started, 3)
                 log.info("first plan made", extra={"actions": len(plan.actions), "seconds": seconds})
+            self._actor.begin_round()
             complete = await self._actor.execute(plan.actions, partial(self._is, generation, caught_up))
             self.rounds += 1
             self.last_round_at = time.monotonic()

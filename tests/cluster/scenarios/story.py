@@ -33,7 +33,8 @@ class Chapter:
     changed_first: bool = False
     """Only what is written after the change counts: it is an operator that is new."""
     over: Change | None = None
-    """Waits until what takes others long is done: that nothing is written meanwhile is no end."""
+    """Waits until what takes others long is done: that nothing is written meanwhile is no end. Of chapters that are not
+    `fresh`: what a fresh deploy would be is waited for anyway."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ async def missed(mortal: Mortal) -> None:
     """It takes a while until a silent node counts as lost."""
     scene = mortal.scene
 
-    async def restarts_elsewhere() -> bool:
+    async def is_missed() -> bool:
         factories = (await scene.site.get("tf", namespace=scene.namespace))["items"]
         incidents = [it for each in factories for it in each.get("status", {}).get("incidents", [])]
         return [it["phase"] for it in incidents] == ["Routed"]
 
-    await scene.until("what the node ran to be missed", restarts_elsewhere)
+    await scene.until("what the node ran to be missed", is_missed)
 
 
 async def carried_out(mortal: Mortal) -> None:

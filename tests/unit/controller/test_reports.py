@@ -85,6 +85,9 @@ class Rounds:
 
     seconds_to_status = math.inf
 
+    def begin_round(self) -> None:
+        pass
+
     def __init__(self, report_seconds: float) -> None:
         self.ended = asyncio.Semaphore(0)
         self.reconciler = Reconciler(

@@ -1,5 +1,6 @@
 """What people are told, and when it is worth a write."""
 
+import msgspec
 import pytest
 from tests.unit.controller.manifests import Manifest, factory, hall, model
 from tests.unit.controller.small_world import SmallWorld
@@ -7,6 +8,7 @@ from tests.unit.controller.small_world import SmallWorld
 from tokenfactory.api import names
 from tokenfactory.api.token_factory import TokenFactory
 from tokenfactory.controller.plan.status import steady
+from tokenfactory.kube.objects import Pod
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,30 @@ def test_a_rollout_is_over_once_no_pod_of_an_earlier_spec_serves(nodes: int):
     assert updated(world) == ("False", f"m: {nodes} of {nodes} pods are of an earlier spec")
     world.settle()
     assert updated(world) == ("True", "every pod is of the spec as it is")
+
+
+def test_a_model_under_another_name_is_a_rollout_too():
+    world = SmallWorld.of(2, hall("40kW"), factory(model("m", replicas=(2, 2)), model("kept")))
+    world.settle()
+    world.apply(factory(model("n", replicas=(2, 2)), model("kept")))
+    world.operate()
+    assert updated(world) == ("False", "m: 2 pods are of a model that is no longer asked for")
+    world.settle()
+    assert updated(world)[0] == "True"
+
+
+def test_where_groups_cannot_be_had_the_pods_of_the_earlier_spec_are_still_there():
+    world = SmallWorld.of(2, hall("40kW"), factory(model("m", gpus=8)))
+    world.settle()
+    world.apply(factory(model("m", gpus=8, nodesPerReplica=2)))
+    world.operate()
+    assert updated(world) == ("False", "m: 1 of 1 pods are of an earlier spec")
+
+
+def test_pods_that_were_made_before_there_was_a_mark_are_of_an_earlier_spec():
+    world = SmallWorld.of(1, hall("40kW"), factory(model("m")))
+    world.settle()
+    (pod,) = world.objects[Pod].values()
+    world.put(msgspec.structs.replace(pod, metadata=msgspec.structs.replace(pod.metadata, annotations={})))
+    world.operate()
+    assert updated(world) == ("False", "m: 1 of 1 pods are of an earlier spec")

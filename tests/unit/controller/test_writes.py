@@ -124,6 +124,7 @@ async def test_what_is_held_back_is_due_when_the_last_of_it_may_be_written():
 
     async def tell(*domains: PowerDomain) -> float:
         draw = PowerDomainStatus(draw=f"{server.now}W")
+        actor.begin_round()
         await actor.execute([act.WriteStatus(each, draw) for each in domains])
         return actor.seconds_to_status
 
@@ -132,6 +133,8 @@ async def test_what_is_held_back_is_due_when_the_last_of_it_may_be_written():
     assert await tell(one, other) == 6.0
     server.now = 5.0
     assert await tell(one, other) == 9.0
+    await actor.execute([])
+    assert actor.seconds_to_status == 9.0, "a cut beside the round"
     server.now = 6.0
     assert await tell() == math.inf, "nothing waits any more"
     server.now = 11.0

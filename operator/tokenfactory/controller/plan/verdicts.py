@@ -192,14 +192,18 @@ def _ready(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
 
 
 def _updated(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdict:
-    """A rollout is over once every pod was made from the template that its factory's spec makes now."""
-    behind = []
+    """A rollout is over once every pod, but for those that are being deleted, is of the template that the spec makes now."""
+    key = key_of(factory)
+    behind = [
+        f"{name}: {count} pods are of a model that is no longer asked for"
+        for name, count in sorted(books.world.unasked.get(key, {}).items())
+    ]
     for model in factory.spec.models:
-        wanted = books.templates.get((key_of(factory), model.name))
+        wanted = books.templates.get((key, model.name))
         mine = (it for it in facts.replicas if it.model.name == model.name)
         pods = [it for it in mine if not it.terminating and not it.finished]
         old = [it for it in pods if it.pod.metadata.annotations.get(names.TEMPLATE_ANNOTATION) != wanted]
-        if wanted is not None and old:
+        if old:
             behind.append(f"{model.name}: {len(old)} of {len(pods)} pods are of an earlier spec")
     if behind:
         return (False, "RollingOut", "; ".join(behind))

@@ -239,6 +239,26 @@ class World:
         return [replica for replica in mine if model is None or replica.model.name == model.name]
 
     @cached_property
+    def unasked(self) -> Mapping[Key, Mapping[str, int]]:
+        """By factory and model: how many pods there are of models that it no longer asks for, before they are deleted."""
+        wanted = {
+            key: {model.name for model in each.spec.models} for key, each in self.snapshot.factories.items()
+        }
+        found: dict[Key, dict[str, int]] = {}
+        for pod in self.snapshot.pods.values():
+            key, name = _factory_key(pod), pod.metadata.labels.get(names.MODEL_LABEL, "")
+            ours = key in wanted and names.TEMPLATE_ANNOTATION in pod.metadata.annotations
+            if (
+                ours
+                and name not in wanted[key]
+                and not pod.metadata.deletion_timestamp
+                and not has_finished(pod)
+            ):
+                mine = found.setdefault(key, {})
+                mine[name] = mine.get(name, 0) + 1
+        return found
+
+    @cached_property
     def fleet_nodes(self) -> int:
         """Nodes whose agent was ever heard."""
         return sum(1 for host in self.hosts.values() if host.silent_seconds is not None)
