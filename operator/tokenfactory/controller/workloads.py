@@ -102,8 +102,12 @@ def workload_labels(factory: TokenFactory, model: ModelSpec) -> dict[str, str]:
     return {names.FACTORY_LABEL: factory.metadata.name, names.MODEL_LABEL: model.name}
 
 
-def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions) -> Object:
-    """No surge: a rollout never needs watts for an old and a new replica at once."""
+def deployment(
+    factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions, ran: int | None = None
+) -> Object:
+    """No surge: a rollout never needs watts for an old and a new replica at once. A quarter at a time is replaced: of
+    those that `ran` when it began, if these were fewer than are asked for.
+    """
     labels = workload_labels(factory, model)
     pod = _pod_spec(factory, model, options)
     if options.restart_through_gate:
@@ -114,14 +118,23 @@ def deployment(factory: TokenFactory, model: ModelSpec, replicas: int, options: 
         "revisionHistoryLimit": 3,
         "progressDeadlineSeconds": 3600,
         "selector": {"matchLabels": labels},
-        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
+        "strategy": {
+            "type": "RollingUpdate",
+            "rollingUpdate": {"maxSurge": 0, "maxUnavailable": _unavailable(replicas, ran)},
+        },
         "template": _template(labels, pod, _digest(pod)),
     }
-    return _owned("apps/v1", "Deployment", workload_name(factory, model), factory, model, spec)
+    return _owned("apps/v1", "Deployment", workload_name(factory, model), factory, model, spec, ran)
+
+
+def _unavailable(replicas: int, ran: int | None) -> str | int:
+    if ran is None or ran >= replicas:
+        return "25%"
+    return replicas - ran + min(max(ran // 4, 1), ran)
 
 
 def leader_worker_set(
-    factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions
+    factory: TokenFactory, model: ModelSpec, replicas: int, options: WorkloadOptions, ran: int | None = None
 ) -> Object:
     """A replica is a group of pods on as many nodes; a group that loses a pod starts anew as a whole. No surge."""
     labels = workload_labels(factory, model)
@@ -145,7 +158,10 @@ def leader_worker_set(
             "startupPolicy": "LeaderCreated",
             "rolloutStrategy": {
                 "type": "RollingUpdate",
-                "rollingUpdateConfiguration": {"maxSurge": 0, "maxUnavailable": 1},
+                "rollingUpdateConfiguration": {
+                    "maxSurge": 0,
+                    "maxUnavailable": 1 if ran is None or ran >= replicas else replicas - ran + 1,
+                },
             },
             "leaderWorkerTemplate": {
                 "size": model.nodes_per_replica,
@@ -154,6 +170,7 @@ def leader_worker_set(
                 "workerTemplate": _template(labels, worker, digest),
             },
         },
+        ran,
     )
 
 
@@ -193,16 +210,24 @@ def is_as(held: Deployment | LeaderWorkerSet | Service, wanted: Object) -> bool:
     owned = {owner["uid"] for owner in ours["ownerReferences"]} <= {
         owner.uid for owner in held.metadata.owner_references
     }
-    applied = held.metadata.labels.get(SPEC_LABEL) == ours["labels"][SPEC_LABEL]
+    applied = all(
+        held.metadata.labels.get(label) == ours["labels"].get(label)
+        for label in (SPEC_LABEL, names.RAN_LABEL)
+    )
     return owned and applied and says(held.spec, wanted["spec"])
 
 
 def template_digest(wanted: Object) -> str:
     """What the pods of such a workload bear once they are all of it (`TEMPLATE_ANNOTATION`)."""
-    spec = wanted["spec"]
-    template = spec["template"] if "template" in spec else spec["leaderWorkerTemplate"]["leaderTemplate"]
-    digest: str = template["metadata"]["annotations"][names.TEMPLATE_ANNOTATION]
-    return digest
+    return template_of(wanted["spec"])
+
+
+def template_of(spec: Object) -> str:
+    """The same of a workload as it is: empty where somebody else, or an earlier version, made it."""
+    groups = spec.get("leaderWorkerTemplate") or {}
+    template = spec.get("template") or groups.get("leaderTemplate") or {}
+    annotations = (template.get("metadata") or {}).get("annotations") or {}
+    return str(annotations.get(names.TEMPLATE_ANNOTATION, ""))
 
 
 def _template(labels: Object, pod: Object, digest: str) -> Object:
@@ -214,9 +239,18 @@ def _digest(part: Any) -> str:
 
 
 def _owned(
-    api_version: str, kind: str, name: str, factory: TokenFactory, model: ModelSpec, spec: Object
+    api_version: str,
+    kind: str,
+    name: str,
+    factory: TokenFactory,
+    model: ModelSpec,
+    spec: Object,
+    ran: int | None = None,
 ) -> Object:
-    metadata = _metadata(name, factory, model, {SPEC_LABEL: _digest(spec)})
+    labels = {SPEC_LABEL: _digest(spec)}
+    if ran is not None:
+        labels[names.RAN_LABEL] = str(ran)
+    metadata = _metadata(name, factory, model, labels)
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
 
 

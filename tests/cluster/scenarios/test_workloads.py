@@ -38,6 +38,24 @@ async def test_a_rollout_replaces_every_replica_within_the_budget(scene: Scene):
     assert not before & {pod["metadata"]["uid"] for pod in await scene.serving(3)}
 
 
+async def test_a_rollout_in_a_shortage_ends_with_as_many_as_ran_before(scene: Scene):
+    """The limit falls so low that two of three replicas would not begin; and another two are asked for in vain."""
+    await scene.apply(scene.factory(model(replicas=3)))
+    await scene.ready()
+    await scene.lower("7.2kW")
+    await scene.apply(scene.factory(model(replicas=5)))
+
+    async def waiting() -> bool:
+        return len((await scene.status()).get("waiting", [])) == 2
+
+    await scene.until("two to wait", waiting)
+    before = {pod["metadata"]["uid"] for pod in await scene.serving(3)}
+    await scene.apply(scene.factory(model(replicas=5, image="1.9.0")))
+    await scene.mine("wait", "tf/chat", "--for=condition=Updated", "--timeout=120s")
+    assert not before & {pod["metadata"]["uid"] for pod in await scene.serving(3)}
+    await scene.until("the rollout to be over", waiting)
+
+
 async def test_a_model_is_added_and_removed(scene: Scene):
     await scene.apply(scene.factory(model("one", replicas=2)))
     await scene.ready()

@@ -89,7 +89,7 @@ class SmallCluster(SmallApi):
             ]
             # A ReplicaSet parts first with what does not serve, then by the deletion cost.
             mine.sort(key=lambda pod: (not _serves(pod), -_cost(pod)))
-            kept = _rolled(mine, mark, held.spec["replicas"])
+            kept = _rolled(mine, mark, held.spec)
             wanted |= {key_of(pod) for pod in kept}
             for _ in range(held.spec["replicas"] - len(kept)):
                 wanted.add(key_of(self._make_pod(namespace, name, template, mark)))
@@ -234,11 +234,14 @@ class SmallCluster(SmallApi):
         return [pod for pod in self.objects[Pod].values() if _serves(pod)]
 
 
-def _rolled(pods: list[Pod], mark: str, replicas: int) -> list[Pod]:
-    """Which of a Deployment's pods stay: up to date ones, and as many old ones as maxUnavailable 25% asks for."""
+def _rolled(pods: list[Pod], mark: str, spec: Any) -> list[Pod]:
+    """Which of a Deployment's pods stay: up to date ones, and as many old ones as maxUnavailable asks for."""
+    replicas = spec["replicas"]
+    most = spec.get("strategy", {}).get("rollingUpdate", {}).get("maxUnavailable", "25%")
+    unavailable = max(1, replicas // 4) if most == "25%" else most
     new = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] == mark]
     old = [pod for pod in pods if pod.metadata.annotations[TEMPLATE] != mark and _serves(pod)]
-    spare = replicas - max(1, replicas // 4) - sum(_serves(pod) for pod in new)
+    spare = replicas - unavailable - sum(_serves(pod) for pod in new)
     return (new + old[: max(0, spare)])[:replicas]
 
 

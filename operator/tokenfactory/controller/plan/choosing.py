@@ -21,6 +21,7 @@ from tokenfactory.controller.plan.leftovers import NOTHING_KNOWN, Known
 from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.profiles import gpu_range
 from tokenfactory.controller.plan.refusing import Refusals, Slot
+from tokenfactory.controller.plan.rolling import successors
 from tokenfactory.controller.plan.rooms import Rooms, Wanted
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.controller.workloads import RESTART_FEATURE, asks_for_rule
@@ -62,17 +63,18 @@ def choose(
         return Choice((), tuple(stopped), asked)
     ranges = gpu_range(world)
     # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
-    rooms = Rooms(world, grid, ledger, ranges)
+    content = successors(world)
+    rooms = Rooms(world, grid, ledger, ranges, content)
     site = Site(world, grid, tuple(waiting.values()), asked, refused.mute)
     between = beside(world, [replica.pod for replica in waiting.values()], site.standing)
     classes = Classes(world, grid, ledger)
-    alike: dict[tuple[Slot, bytes], PodRequest | str] = {}
+    alike: dict[tuple[Slot, bytes, bool], PodRequest | str] = {}
     pods = []
     for name, replica in sorted(waiting.items()):
         slot = key_of(replica.factory), replica.model.name
-        kind = slot, msgspec.json.encode(replica.pod.spec)
+        kind = slot, msgspec.json.encode(replica.pod.spec), replica.uid in content
         if kind not in alike:
-            like = _request(world, grid, site, refused, ranges, replica)
+            like = _request(world, grid, site, refused, ranges, replica, content=replica.uid in content)
             alike[kind] = classes.refuse(rooms.refuse(like, replica), replica)
         found = alike[kind]
         if isinstance(found, str):
@@ -140,14 +142,20 @@ def _request(
     refused: Refusals,
     ranges: Mapping[str, tuple[int, int]],
     replica: Replica,
+    *,
+    content: bool,
 ) -> PodRequest:
-    """What pods of this kind ask for; their names, groups and labels are their own."""
+    """What pods of this kind ask for; their names, groups and labels are their own. Who is `content` asks for no watts:
+    its place was another's, whose watts the market shares out anew.
+    """
     namespace, factory, model = replica.pod.metadata.namespace, replica.factory, replica.model
     offers = {}
     for product, (low, high) in ranges.items():
         hull = model_hull(world, namespace or "", model, product, low, high)
         watts = hull.milliwatts[hull.knee] / 1000
-        offers[product] = Offer(worthwhile(hull) - low, hull.tokens[hull.knee] / watts if watts else 0.0)
+        offers[product] = Offer(
+            0 if content else worthwhile(hull) - low, hull.tokens[hull.knee] / watts if watts else 0.0
+        )
     return PodRequest(
         name="",
         model=f"{namespace}/{factory.metadata.name}/{model.name}",

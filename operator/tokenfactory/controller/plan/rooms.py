@@ -5,7 +5,7 @@ A replica that a budget cannot bear is not even wished for: the others would giv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from tokenfactory.api.names import class_product
@@ -46,9 +46,15 @@ class Rooms:
     """
 
     def __init__(
-        self, world: World, grid: Grid, ledger: Ledger, ranges: Mapping[str, tuple[int, int]]
+        self,
+        world: World,
+        grid: Grid,
+        ledger: Ledger,
+        ranges: Mapping[str, tuple[int, int]],
+        content: Container[str] = (),
     ) -> None:
         self._world = world
+        self._content = content
         self._wanted = Wanted(world)
         self._ranges = ranges
         self._budgets = budgets_of(world, grid)
@@ -76,6 +82,10 @@ class Rooms:
     def _is_own(self, budget: str) -> bool:
         return self._budgets.allotments[budget].domain is None
 
+    def _has_place(self, budget: str, replica: Replica) -> bool:
+        """It asks a grant for no more than the replica had that ran there before it."""
+        return replica.uid in self._content and not self._is_own(budget)
+
     def _need(self, budget: str, replica: Replica, product: str, node: str = "") -> int:
         """What the replica must have of this budget on GPUs of this product, on any node or on this one."""
         low, high = self._ranges[product]
@@ -88,6 +98,8 @@ class Rooms:
         """Domains whose grant has no room even where the replica needs least: it may still go elsewhere."""
         factory, refused = replica.factory, dict(request.refused)
         for name in self._budgets.of(factory_name(factory)):
+            if self._has_place(name, replica):
+                continue
             needs = [self._need(name, replica, product) for product in request.offers]
             lack = min(needs, default=0) - self._left[name]
             where = self._budgets.allotments[name].domain or factory.spec.power.domain
@@ -123,6 +135,7 @@ class Rooms:
         needs = {
             name: self._need(name, replica, host.product, wish.node)
             for name in self._budgets.paying(replica.class_on(host.product), path)
+            if not self._has_place(name, replica)
         }
         for name, need in needs.items():
             if need > self._left[name]:

@@ -14,6 +14,7 @@ from tokenfactory.controller.objects import Deployment, LeaderWorkerSet, Service
 from tokenfactory.controller.owning import whose
 from tokenfactory.controller.plan.naming import Model, Names, Workload, held_at, slots
 from tokenfactory.controller.plan.replicating import Staffing
+from tokenfactory.controller.plan.rolling import ran_before
 from tokenfactory.controller.plan.world import World
 from tokenfactory.controller.workloads import (
     RESTART_FEATURE,
@@ -89,9 +90,15 @@ def _wanted(
     world: World, factory: TokenFactory, model: ModelSpec, count: int, options: WorkloadOptions
 ) -> Object:
     runs = slots(factory, model).runs
+    held = held_at(world, runs)
     if runs[0] is LeaderWorkerSet:
-        return leader_worker_set(factory, model, count, options)
-    return _deployment(world, held_at(world, runs), factory, model, count, options)
+        wanted = leader_worker_set(factory, model, count, options)
+        ran = ran_before(world, held, factory, model, count, template_digest(wanted))
+        return wanted if ran is None else leader_worker_set(factory, model, count, options, ran)
+    options = _as_it_is(world, held, factory, model, options)
+    wanted = deployment(factory, model, count, options)
+    ran = ran_before(world, held, factory, model, count, template_digest(wanted))
+    return wanted if ran is None else deployment(factory, model, count, options, ran)
 
 
 def _keep(world: World, factory: TokenFactory, model: ModelSpec, wanted: Object) -> list[ApplyWorkload]:
@@ -114,28 +121,22 @@ def _keep(world: World, factory: TokenFactory, model: ModelSpec, wanted: Object)
     return actions
 
 
-def _deployment(
-    world: World,
-    held: Workload | None,
-    factory: TokenFactory,
-    model: ModelSpec,
-    count: int,
-    options: WorkloadOptions,
-) -> Object:
+def _as_it_is(
+    world: World, held: Workload | None, factory: TokenFactory, model: ModelSpec, options: WorkloadOptions
+) -> WorkloadOptions:
     """With or without the rule for restarts as it is, while nothing else of its pods changes.
 
     A node that joins, leaves or has another kubelet is no reason to start all models anew. Only where no kubelet at
     all can follow the rule it goes: such pods run nowhere.
     """
-    wanted = deployment(factory, model, count, options)
     if not isinstance(held, Deployment):
-        return wanted
+        return options
     ruled = restarts_through_gate(held)
     if ruled == options.restart_through_gate or (ruled and not _somewhere(world)):
-        return wanted
+        return options
     as_it_is = msgspec.structs.replace(options, restart_through_gate=ruled)
-    kept = deployment(factory, model, count, as_it_is)
-    return kept if says(held.spec.get("template"), kept["spec"]["template"]) else wanted
+    kept = deployment(factory, model, 0, as_it_is)
+    return as_it_is if says(held.spec.get("template"), kept["spec"]["template"]) else options
 
 
 def _somewhere(world: World) -> bool:

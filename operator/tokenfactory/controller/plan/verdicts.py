@@ -14,6 +14,7 @@ from tokenfactory.controller.plan.admitting import refusals
 from tokenfactory.controller.plan.books import Books
 from tokenfactory.controller.plan.placing import Unplaced
 from tokenfactory.controller.plan.purses import factory_name
+from tokenfactory.controller.plan.rolling import old_pods
 from tokenfactory.controller.plan.serving import lacks_groups
 from tokenfactory.controller.plan.status import Verdict, watts
 from tokenfactory.controller.plan.world import Replica, World
@@ -202,8 +203,7 @@ def _updated(books: Books, factory: TokenFactory, facts: FactoryFacts) -> Verdic
         wanted = books.templates.get((key, model.name))
         mine = (it for it in facts.replicas if it.model.name == model.name)
         pods = [it for it in mine if not it.terminating and not it.finished]
-        old = [it for it in pods if it.pod.metadata.annotations.get(names.TEMPLATE_ANNOTATION) != wanted]
-        if old:
+        if old := old_pods(pods, wanted):
             behind.append(f"{model.name}: {len(old)} of {len(pods)} pods are of an earlier spec")
     if behind:
         return (False, "RollingOut", "; ".join(behind))

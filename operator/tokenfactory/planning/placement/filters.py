@@ -271,7 +271,8 @@ ROOM: tuple[RoomFilter, ...] = (
         _apart,
         _why_not_apart,
     ),
-    RoomFilter("InsufficientPower", lambda *_: True, _power, _why_no_power),
+    # Where more is promised than there is, who asks for nothing still takes nothing from anybody.
+    RoomFilter("InsufficientPower", lambda _, shape: bool(shape.need.any()), _power, _why_no_power),
 )
 
 
