@@ -150,7 +150,12 @@ def compose(snapshot: Snapshot, options: Options, memory: Memory) -> Composed:
     if unreadable:
         # A charge that we do not see must not count as none, nor its domain as deleted.
         actions = [action for action in actions if not isinstance(action, ChargeNode | OpenGate | Retire)]
-    again = min(_again(world, grid, sheets), replanned.again_after_seconds, 2.0 if halved else 30.0)
+    again = min(
+        _again(world, grid, sheets),
+        replanned.again_after_seconds,
+        choice.again_after_seconds,
+        2.0 if halved else 30.0,
+    )
     plan = Plan(tuple(actions), again)
     remembered = Memory(
         staffing.memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,8 @@ from tokenfactory.controller.plan.placing import Unplaced, Wish
 from tokenfactory.controller.plan.profiles import gpu_range
 from tokenfactory.controller.plan.refusing import Refusals, Slot
 from tokenfactory.controller.plan.rolling import successors
-from tokenfactory.controller.plan.rooms import Rooms, Wanted
+from tokenfactory.controller.plan.rooms import Lowest, Rooms, Wanted
+from tokenfactory.controller.plan.status import watts
 from tokenfactory.controller.plan.world import Replica, World
 from tokenfactory.controller.workloads import RESTART_FEATURE, asks_for_rule
 from tokenfactory.kube.resources import key_of
@@ -40,6 +42,8 @@ class Choice:
     unplaced: tuple[Unplaced, ...]
     asked: Known = field(default_factory=dict)
     """What pods ask, for the next round."""
+    again_after_seconds: float = math.inf
+    """Until some of them ask for less."""
 
 
 def choose(
@@ -63,8 +67,8 @@ def choose(
         return Choice((), tuple(stopped), asked)
     ranges = gpu_range(world)
     # What a domain grants to some together is no limit on a node's path: it is kept beside placement's own books.
-    content = successors(world)
-    rooms = Rooms(world, grid, ledger, ranges, content)
+    following = successors(world)
+    rooms = Rooms(world, grid, ledger, ranges, following.uids)
     site = Site(world, grid, tuple(waiting.values()), asked, refused.mute)
     between = beside(world, [replica.pod for replica in waiting.values()], site.standing)
     classes = Classes(world, grid, ledger)
@@ -72,9 +76,11 @@ def choose(
     pods = []
     for name, replica in sorted(waiting.items()):
         slot = key_of(replica.factory), replica.model.name
-        kind = slot, msgspec.json.encode(replica.pod.spec), replica.uid in content
+        kind = slot, msgspec.json.encode(replica.pod.spec), replica.uid in following.uids
         if kind not in alike:
-            like = _request(world, grid, site, refused, ranges, replica, content=replica.uid in content)
+            like = _request(world, grid, site, refused, ranges, replica)
+            if replica.uid in following.uids:
+                like = _in_its_place(like, _headroom(grid, ledger, Lowest()))
             alike[kind] = classes.refuse(rooms.refuse(like, replica), replica)
         found = alike[kind]
         if isinstance(found, str):
@@ -86,7 +92,7 @@ def choose(
     snapshot = Snapshot(
         site.candidates(),
         tuple(pods),
-        _headroom(world, grid, ledger),
+        _headroom(grid, ledger, Wanted(world)),
         standing=between.standing,
         refusing=between.refusing,
     )
@@ -94,7 +100,8 @@ def choose(
     known, crowded = classes.admit([Wish(waiting[each.pod], each.node, each.message) for each in plan.placed])
     wishes, spent = rooms.admit(known)
     unplaced = tuple(Unplaced(waiting[entry.pod], entry.reason, entry.message) for entry in plan.unplaced)
-    return Choice(wishes, (*unplaced, *spent, *crowded, *stopped), site.known)
+    waits = (*unplaced, *spent, *crowded, *stopped)
+    return Choice(wishes, waits, site.known, following.more_in_seconds)
 
 
 def _with_rules(pod: PodRequest, rules: Rules | None) -> PodRequest:
@@ -142,19 +149,15 @@ def _request(
     refused: Refusals,
     ranges: Mapping[str, tuple[int, int]],
     replica: Replica,
-    *,
-    content: bool,
 ) -> PodRequest:
-    """What pods of this kind ask for; their names, groups and labels are their own. Who is `content` asks for no watts:
-    its place was another's, whose watts the market shares out anew.
-    """
+    """What pods of this kind ask for; their names, groups and labels are their own."""
     namespace, factory, model = replica.pod.metadata.namespace, replica.factory, replica.model
     offers = {}
     for product, (low, high) in ranges.items():
         hull = model_hull(world, namespace or "", model, product, low, high)
-        watts = hull.milliwatts[hull.knee] / 1000
+        knee_watts = hull.milliwatts[hull.knee] / 1000
         offers[product] = Offer(
-            0 if content else worthwhile(hull) - low, hull.tokens[hull.knee] / watts if watts else 0.0
+            worthwhile(hull) - low, hull.tokens[hull.knee] / knee_watts if knee_watts else 0.0
         )
     return PodRequest(
         name="",
@@ -180,13 +183,26 @@ def _request(
     )
 
 
-def _headroom(world: World, grid: Grid, ledger: Ledger) -> dict[str, int]:
-    """What is left when every serving GPU has what is worth serving at: what is charged above that can be had back.
+def _in_its_place(request: PodRequest, left: Mapping[str, int]) -> PodRequest:
+    """The same of a pod that follows one that ran: the market shares out anew what there is. Only where not even the
+    lowest caps fit there is nothing to share.
+    """
+    full = {
+        name: f"{name} lacks {watts(-lacks)} even with every GPU at its lowest cap"
+        for name, lacks in left.items()
+        if lacks < 0
+    }
+    offers = {product: replace(offer, milliwatts_per_gpu=0) for product, offer in request.offers.items()}
+    return replace(request, offers=offers, has_place=True, refused={**full, **request.refused})
+
+
+def _headroom(grid: Grid, ledger: Ledger, wanted: Wanted | Lowest) -> dict[str, int]:
+    """What is left when every serving GPU has what is wanted, such as what is worth serving at: what is charged above
+    that can be had back.
 
     A silent node gives nothing back (P4): it counts with its whole charge.
     """
     left = {name: domain.usable_milliwatts for name, domain in grid.domains.items()}
-    wanted = Wanted(world)
     for entry in ledger.entries.values():
         line = entry.line
         total = line.fixed

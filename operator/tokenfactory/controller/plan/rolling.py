@@ -8,7 +8,9 @@ so many keep their places, and what was not there anyway does not count as lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -28,13 +30,15 @@ def ran_before(
     """How many of the `count` that are asked for ran when the rollout to this template began; None: none is under way."""
     if held is None:
         return None
-    replicas = world.replicas_of(factory, model)
-    runs, before = _running(world, replicas), _noted(held)
-    if template_of(held.spec) != template:
-        return min(max(runs, before or 0), count)
-    if before is None or (runs >= min(before, count) and not old_pods(replicas, template)):
+    begins, before = template_of(held.spec) != template, _noted(held)
+    if not begins and before is None:
         return None
-    return min(before, count)
+    replicas = world.replicas_of(factory, model)
+    runs = _running(world, replicas)
+    if begins or before is None:
+        return min(max(runs, before or 0), count)
+    over = runs >= min(before, count) and not old_pods(replicas, template)
+    return None if over else min(before, count)
 
 
 def old_pods(replicas: Sequence[Replica], template: str | None) -> list[Replica]:
@@ -48,39 +52,59 @@ def old_pods(replicas: Sequence[Replica], template: str | None) -> list[Replica]
     ]
 
 
-def successors(world: World) -> frozenset[str]:
-    """UIDs of gated pods that have the places of such as ran before, and have looked for a better one for a while."""
+@dataclass(frozen=True)
+class Successors:
+    uids: frozenset[str]
+    """Of gated pods that have the places of such as ran before, and have looked for a better one for a while."""
+    more_in_seconds: float
+    """Until others have looked for long enough."""
+
+
+def successors(world: World) -> Successors:
     found: set[str] = set()
+    soonest = math.inf
     for factory in world.snapshot.factories.values():
         for model in factory.spec.models:
             held = held_at(world, slots(factory, model).runs)
             before = _noted(held) if held is not None else None
             if held is not None and before:
-                found |= _of_model(world, world.replicas_of(factory, model), held.spec, before)
-    return frozenset(found)
+                uids, seconds = _of_model(world, world.replicas_of(factory, model), held.spec, before)
+                found |= uids
+                soonest = min(soonest, seconds)
+    return Successors(frozenset(found), soonest)
 
 
-def _of_model(world: World, replicas: Sequence[Replica], spec: Object, before: int) -> set[str]:
+def _of_model(world: World, replicas: Sequence[Replica], spec: Object, before: int) -> tuple[set[str], float]:
+    """Whose turn it is, and in how many seconds it may be another's."""
     template = template_of(spec)
-    waiting: dict[str, list[Replica]] = {}
+    waiting: dict[tuple[int, str, str], list[Replica]] = {}
     for each in replicas:
         new = each.pod.metadata.annotations.get(names.TEMPLATE_ANNOTATION) == template
         if new and each.gated and each.uid not in world.granted_on and not each.terminating:
-            waiting.setdefault(each.group or each.name, []).append(each)
-    patient = [
-        pods
-        for _, pods in sorted(waiting.items())
-        if all(_has_looked(each, world.snapshot.wall) for each in pods)
-    ]
-    open_places = max(before - _running(world, replicas), 0)
-    return {each.uid for pods in patient[:open_places] for each in pods}
+            waiting.setdefault(_turn(each), []).append(each)
+    places = max(min(before, int(spec.get("replicas", 0))) - _running(world, replicas), 0)
+    wall = world.snapshot.wall
+    still = {turn: max(_still_looks(each, wall) for each in pods) for turn, pods in waiting.items()}
+    patient = [turn for turn in sorted(waiting) if still[turn] <= 0]
+    looking = [seconds for seconds in still.values() if seconds > 0] if places > len(patient) else []
+    uids = {each.uid for turn in patient[:places] for each in waiting[turn]}
+    return uids, min(looking, default=math.inf)
 
 
-def _has_looked(replica: Replica, wall: datetime) -> bool:
+def _turn(replica: Replica) -> tuple[int, str, str]:
+    """Who waited longest; of groups the one of the highest number, down from which their controller replaces them."""
+    if replica.group:
+        number = replica.pod.metadata.labels.get(names.LWS_GROUP_LABEL, "")
+        return -int(number) if number.isdecimal() else 0, "", replica.group
+    return 0, replica.pod.metadata.creation_timestamp or "", replica.name
+
+
+def _still_looks(replica: Replica, wall: datetime) -> float:
+    """For how many seconds."""
     created = replica.pod.metadata.creation_timestamp
-    return (
-        created is not None and (wall - datetime.fromisoformat(created)).total_seconds() >= PATIENCE_SECONDS
-    )
+    if created is None:
+        return PATIENCE_SECONDS
+    return PATIENCE_SECONDS - (wall - datetime.fromisoformat(created)).total_seconds()
 
 
 def _running(world: World, replicas: Sequence[Replica]) -> int:

@@ -38,6 +38,13 @@ class Wanted:
         return wanted if entry.facts.guarded else max(wanted, demand.base)
 
 
+class Lowest:
+    """The same for whoever is content with less than that: the lowest cap."""
+
+    def each(self, demand: Demand, entry: Entry) -> int:
+        return demand.low if entry.facts.guarded else max(demand.low, demand.base)
+
+
 class Rooms:
     """What is left of each budget when every GPU that pays from it has the least that it must have.
 
@@ -51,14 +58,17 @@ class Rooms:
         grid: Grid,
         ledger: Ledger,
         ranges: Mapping[str, tuple[int, int]],
-        content: Container[str] = (),
+        following: Container[str] = (),
     ) -> None:
+        """`following`: UIDs of pods that follow ones that ran, and begin also where those ran at the lowest caps."""
         self._world = world
-        self._content = content
+        self._following = following
         self._wanted = Wanted(world)
         self._ranges = ranges
         self._budgets = budgets_of(world, grid)
         self._left = {name: each.milliwatts for name, each in self._budgets.allotments.items()}
+        self._least_left = dict(self._left)
+        """The same with every GPU at its lowest cap, for those that follow."""
         self._silent: dict[str, dict[str, int]] = {}
         """By budget and silent node what stays charged."""
         self._entries = ledger.entries
@@ -72,24 +82,25 @@ class Rooms:
             for name in self._budgets.paying(demand.class_name, line.domains):
                 if heard:
                     least = demand.low if self._is_own(name) else self._wanted.each(demand, entry)
-                    each = max(least, _uncapped(entry, class_product(demand.class_name)))
+                    uncapped = _uncapped(entry, class_product(demand.class_name))
+                    each, lowest = max(least, uncapped), max(demand.low, uncapped)
                 else:
-                    each = demand.each(ledger.highest(line, demand.class_name))
+                    each = lowest = demand.each(ledger.highest(line, demand.class_name))
                     node, silent = entry.node.metadata.name, self._silent.setdefault(name, {})
                     silent[node] = silent.get(node, 0) + demand.count * each
                 self._left[name] -= demand.count * each
+                self._least_left[name] -= demand.count * lowest
 
     def _is_own(self, budget: str) -> bool:
         return self._budgets.allotments[budget].domain is None
 
-    def _has_place(self, budget: str, replica: Replica) -> bool:
-        """It asks a grant for no more than the replica had that ran there before it."""
-        return replica.uid in self._content and not self._is_own(budget)
-
-    def _need(self, budget: str, replica: Replica, product: str, node: str = "") -> int:
+    def _need(
+        self, budget: str, replica: Replica, product: str, node: str = "", *, lowest: bool = False
+    ) -> int:
         """What the replica must have of this budget on GPUs of this product, on any node or on this one."""
         low, high = self._ranges[product]
-        each = low if self._is_own(budget) else self._wanted.of(replica.class_on(product), low, high)
+        lowest = lowest or self._is_own(budget)
+        each = low if lowest else self._wanted.of(replica.class_on(product), low, high)
         if node in self._entries:
             each = max(each, _uncapped(self._entries[node], product))
         return replica.model.gpus_per_replica * each
@@ -97,18 +108,18 @@ class Rooms:
     def refuse(self, request: PodRequest, replica: Replica) -> PodRequest:
         """Domains whose grant has no room even where the replica needs least: it may still go elsewhere."""
         factory, refused = replica.factory, dict(request.refused)
+        follows = replica.uid in self._following
+        left = self._least_left if follows else self._left
         for name in self._budgets.of(factory_name(factory)):
-            if self._has_place(name, replica):
-                continue
-            needs = [self._need(name, replica, product) for product in request.offers]
-            lack = min(needs, default=0) - self._left[name]
+            needs = [self._need(name, replica, product, lowest=follows) for product in request.offers]
+            lack = min(needs, default=0) - left[name]
             where = self._budgets.allotments[name].domain or factory.spec.power.domain
             if lack > 0 and where not in refused:
-                refused[where] = f"{name} lacks {watts(lack)}{self._why(name)}"
+                refused[where] = f"{name} lacks {watts(lack)}{self._why(name, lowest=follows)}"
         return replace(request, refused=refused)
 
-    def _why(self, budget: str) -> str:
-        even = " even with every GPU at its lowest cap" if self._is_own(budget) else ""
+    def _why(self, budget: str, *, lowest: bool) -> str:
+        even = " even with every GPU at its lowest cap" if lowest or self._is_own(budget) else ""
         silent = self._silent.get(budget)
         if not silent:
             return even
@@ -120,9 +131,9 @@ class Rooms:
         fits: list[Wish] = []
         spent: list[Unplaced] = []
         for group in together(wishes):
-            before = dict(self._left)
+            before = dict(self._left), dict(self._least_left)
             if short := next((why for wish in group if (why := self._enter(wish))), ""):
-                self._left = before
+                self._left, self._least_left = before
                 spent += [Unplaced(wish.replica, "NotAdmitted", short) for wish in group]
             else:
                 fits += group
@@ -132,17 +143,17 @@ class Rooms:
         """Why the budgets do not bear it; empty when it is entered."""
         host, replica = self._world.hosts[wish.node], wish.replica
         path = host.held.spec.path if host.held else ()
-        needs = {
-            name: self._need(name, replica, host.product, wish.node)
-            for name in self._budgets.paying(replica.class_on(host.product), path)
-            if not self._has_place(name, replica)
-        }
-        for name, need in needs.items():
-            if need > self._left[name]:
-                return (
-                    f"{name} lacks {watts(need - self._left[name])} to serve on {wish.node}{self._why(name)}"
-                )
-            self._left[name] -= need
+        follows = replica.uid in self._following
+        left = self._least_left if follows else self._left
+        for name in self._budgets.paying(replica.class_on(host.product), path):
+            usual = self._need(name, replica, host.product, wish.node)
+            lowest = self._need(name, replica, host.product, wish.node, lowest=True)
+            lack = (lowest if follows else usual) - left[name]
+            if lack > 0:
+                why = self._why(name, lowest=follows)
+                return f"{name} lacks {watts(lack)} to serve on {wish.node}{why}"
+            self._left[name] -= usual
+            self._least_left[name] -= lowest
         return ""
 
 

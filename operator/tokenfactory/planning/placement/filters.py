@@ -271,8 +271,7 @@ ROOM: tuple[RoomFilter, ...] = (
         _apart,
         _why_not_apart,
     ),
-    # Where more is promised than there is, who asks for nothing still takes nothing from anybody.
-    RoomFilter("InsufficientPower", lambda _, shape: bool(shape.need.any()), _power, _why_no_power),
+    RoomFilter("InsufficientPower", lambda _, shape: not shape.pod.has_place, _power, _why_no_power),
 )
 
 

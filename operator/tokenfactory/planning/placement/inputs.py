@@ -160,6 +160,8 @@ class PodRequest:
     """Budgets charged besides the node's path, such as the factory's own."""
     refused: Mapping[str, str] = field(default_factory=lambda: NO_TEXT)
     """Power domains that do not admit it, each with the grant that is missing."""
+    has_place: bool = False
+    """It follows one that ran: no limit need have watts for it, but those that refuse it."""
     gang: str = ""
     """Pods of one replica that spans nodes: all of them in one NVLink domain, or none."""
 

@@ -51,6 +51,7 @@ def shape_key(pod: PodRequest) -> tuple[object, ...]:
         tuple(sorted(pod.resources.items())),
         pod.accounts,
         tuple(sorted(pod.refused.items())),
+        pod.has_place,
         bool(pod.gang),
     )
 
