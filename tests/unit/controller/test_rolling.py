@@ -13,6 +13,7 @@ from tokenfactory.controller import actions as act
 from tokenfactory.controller.objects import Deployment
 from tokenfactory.controller.plan.rolling import PATIENCE_SECONDS, _turn
 from tokenfactory.controller.plan.world import see
+from tokenfactory.kube.objects import Pod
 
 AMPLE, SHORT = "12kW", "6kW"
 """Two nodes of eight GPUs: their minimum and 2 kW beside; what is left of the shorter one is far below four knees."""
@@ -24,7 +25,7 @@ def wanted(tag: str, replicas: int = 4) -> Manifest:
 
 def serving(world: SmallWorld) -> Counter[str]:
     """Ready pods by their image's tag."""
-    return Counter(pod.spec.containers[0].image.rsplit(":")[-1] for pod in world.ready_pods())
+    return Counter(map(tag_of, world.ready_pods()))
 
 
 def condition(world: SmallWorld, kind: str) -> str:
@@ -160,6 +161,67 @@ def test_who_asks_for_no_watts_beyond_the_lowest_cap_still_needs_a_limit_that_ho
     world.apply(small(4))
     world.settle()
     assert [pod.spec.node_name for pod in world.ready_pods()] == ["n-b"] * 4
+
+
+def test_a_successor_that_is_not_bound_is_followed_in_its_place():
+    """The label must not go before the last one is bound."""
+    world = SmallWorld.of(3, hall("14kW"), wanted("1.8.0"))
+    world.settle(200)
+    world.apply(hall("8.4kW"))
+    world.settle(200)
+    world.apply(wanted("1.9.0"))
+    while not world.refusing:
+        world.others()
+        composed = world.plan()
+        world.memory = composed.memory
+        begun = sum(
+            tag_of(pod) == "1.9.0" and not pod.spec.scheduling_gates for pod in world.objects[Pod].values()
+        )
+        charged = [each for each in composed.plan.actions if isinstance(each, act.ChargeNode) and grows(each)]
+        if begun == 3 and charged:
+            world.refusing[charged[0].name] = "0/3 nodes: 1 node had a volume conflict"
+        for action in composed.plan.actions:
+            world.take(action)
+    world.settle(200)
+    assert serving(world) == {"1.9.0": 4}
+    assert names.RAN_LABEL not in deployment(world).metadata.labels
+
+
+def tag_of(pod: Pod) -> str:
+    return pod.spec.containers[0].image.rsplit(":")[-1]
+
+
+def grows(charge: act.ChargeNode) -> bool:
+    return charge.held is not None and len(charge.spec.pods) > len(charge.held.spec.pods)
+
+
+def test_half_a_group_that_is_charged_has_not_taken_the_place_of_its_other_half():
+    def spanning(tag: str) -> Manifest:
+        return factory(model("m", tag=tag, gpus=8, nodesPerReplica=2, replicas=(2, 2)))
+
+    world = SmallWorld.of(4, hall("40kW"), spanning("1.8.0"))
+    world.has_groups = True
+    world.settle()
+    world.apply(hall("12.5kW"))
+    world.settle(200)
+    assert serving(world) == {"1.8.0": 4}
+    world.apply(spanning("1.9.0"))
+    charged = 0
+    while charged < 2:
+        world.others()
+        composed = world.plan()
+        world.memory = composed.memory
+        for action in composed.plan.actions:
+            charged += isinstance(action, act.ChargeNode) and grows(action)
+            if charged == 2:
+                world.crash()
+                break
+            world.take(action)
+    for _ in range(60):
+        world.rounds(1)
+    world.settle(300)
+    assert serving(world) == {"1.9.0": 4}
+    assert not [each for each in world.writes if isinstance(each, act.DeletePod)], "nothing began in vain"
 
 
 def test_groups_keep_their_places_from_the_highest_number_down():

@@ -9,7 +9,7 @@ so many keep their places, and what was not there anyway does not count as lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -34,10 +34,11 @@ def ran_before(
     if not begins and before is None:
         return None
     replicas = world.replicas_of(factory, model)
-    runs = _running(world, replicas)
     if begins or before is None:
-        return min(max(runs, before or 0), count)
-    over = runs >= min(before, count) and not old_pods(replicas, template)
+        return min(max(_running(world, replicas), before or 0), count)
+    # Until the last of them is bound: one that kube-scheduler refuses is made anew, and must find its place again.
+    bound = _count(each for each in replicas if each.node)
+    over = bound >= min(before, count) and not old_pods(replicas, template)
     return None if over else min(before, count)
 
 
@@ -108,14 +109,15 @@ def _still_looks(replica: Replica, wall: datetime) -> float:
 
 
 def _running(world: World, replicas: Sequence[Replica]) -> int:
-    """Replicas that have watts and keep them: one that ends makes room for its successor."""
-    return len(
-        {
-            each.group or each.uid
-            for each in replicas
-            if not each.terminating and not each.finished and (not each.gated or each.uid in world.granted_on)
-        }
-    )
+    """Replicas that have watts and keep them: one that ends makes room for its successor, and half a group is none."""
+    waiting = {each.uid: each.group for each in replicas if each.gated and each.uid not in world.granted_on}
+    halves = set(waiting.values()) - {""}
+    return _count(each for each in replicas if each.uid not in waiting and each.group not in halves)
+
+
+def _count(replicas: Iterable[Replica]) -> int:
+    """Groups count once."""
+    return len({each.group or each.uid for each in replicas if not each.terminating and not each.finished})
 
 
 def _noted(held: Workload) -> int | None:
