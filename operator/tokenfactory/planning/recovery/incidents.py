@@ -79,12 +79,11 @@ def step(recorded: Sequence[Incident], situation: Situation, policy: Recovery) -
     advanced: list[Incident] = []
     for position, incident in enumerate(recorded):
         advanced.append(_advance(incident, situation, (*advanced, *recorded[position + 1 :])))
+    missed = {_identity(lost): lost for lost in situation.lost if not _was_leaving(lost, situation)}
+    # Whoever came back may be lost again; and an operator that has just begun thinks so of all for a while.
+    advanced = [incident for incident in advanced if incident.phase != "Closed" or incident.id not in missed]
     known = {incident.id for incident in advanced}
-    opened = [
-        _open(lost, situation.now)
-        for lost in situation.lost
-        if _identity(lost) not in known and not _was_leaving(lost, situation)
-    ]
+    opened = [_open(lost, situation.now) for identity, lost in missed.items() if identity not in known]
     storm = _storm(situation)
     incidents = _trim(advanced + opened)
     if storm:

@@ -116,3 +116,25 @@ def test_a_storm_stops_everything(lost_nodes, fleet, storm):
     verdict = step(recorded, seen, msgspec.structs.replace(POLICY, max_concurrent=10))
     assert bool(verdict.storm) is storm
     assert (verdict.delete == ()) is storm
+
+
+def test_what_came_back_and_is_lost_again_is_an_incident_again():
+    """An operator that has just begun has heard nobody's silence yet, and takes each for one that came back."""
+    incidents = step((), situation(facts(), lost_replicas=[lost()]), POLICY).incidents
+    incidents = step(incidents, situation(facts(ready=True), lost_nodes=0), POLICY).incidents
+    assert [each.phase for each in incidents] == ["Closed"]
+    again = step(incidents, situation(facts(), lost_replicas=[lost()], now="t9"), POLICY)
+    assert [(each.phase, each.detected_at) for each in again.incidents] == [("Detected", "t9")]
+    assert again.delete == (), "not before it is recorded"
+    assert step(again.incidents, situation(facts(), lost_replicas=[lost()]), POLICY).delete == ("chat-a",)
+
+
+def test_what_was_replaced_is_no_incident_again_while_its_old_pod_cannot_end():
+    closed = step((), situation(facts(), lost_replicas=[lost()]), POLICY).incidents
+    for seen in (
+        situation(facts(terminating=True), lost_replicas=[lost()]),
+        situation(facts(terminating=True), lost_replicas=[lost()], enough=["llama"]),
+        situation(facts(terminating=True), lost_replicas=[lost()], enough=["llama"]),
+    ):
+        closed = step(closed, seen, POLICY).incidents
+    assert [each.phase for each in closed] == ["Closed"]
